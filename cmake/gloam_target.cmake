@@ -1,0 +1,41 @@
+# Flags and rules shared by every target of the project.
+
+add_library(gloam_flags INTERFACE)
+target_include_directories(gloam_flags INTERFACE ${PROJECT_SOURCE_DIR})
+target_compile_options(gloam_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wno-missing-field-initializers>)
+if(GLOAM_WERROR)
+  target_compile_options(gloam_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
+endif()
+if(GLOAM_SANITIZE)
+  target_compile_options(gloam_flags INTERFACE -fsanitize=${GLOAM_SANITIZE} -fno-omit-frame-pointer)
+  target_link_options(gloam_flags INTERFACE -fsanitize=${GLOAM_SANITIZE})
+endif()
+find_program(MOLD mold)
+if(MOLD)
+  target_link_options(gloam_flags INTERFACE -fuse-ld=mold)
+endif()
+
+# gloam_library(NAME SOURCES a.cc ... [PUBLIC lib ...] [PRIVATE lib ...])
+function(gloam_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;PUBLIC;PRIVATE" ${ARGN})
+  if(ARG_SOURCES)
+    add_library(${name} STATIC ${ARG_SOURCES})
+    target_link_libraries(${name} PUBLIC gloam_flags ${ARG_PUBLIC} PRIVATE ${ARG_PRIVATE})
+  else()
+    add_library(${name} INTERFACE)
+    target_link_libraries(${name} INTERFACE gloam_flags ${ARG_PUBLIC})
+  endif()
+endfunction()
+
+# gloam_test(NAME SOURCES a_test.cc ... LIBS lib ... [LABELS label ...]): a Catch2 program, run by
+# ctest from the source folder. Labels: "model" needs a catalogue model, "slow" takes > 10 s.
+function(gloam_test name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;LIBS;LABELS" ${ARGN})
+  add_executable(${name} ${ARG_SOURCES})
+  target_link_libraries(${name} PRIVATE gloam_test_main ${ARG_LIBS})
+  add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
+  if(ARG_LABELS)
+    set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}")
+  endif()
+endfunction()

@@ -1,0 +1,63 @@
+// From logits to tokens: penalties, bias, temperature, top-k / top-p / min-p, the draw, and
+// log-probabilities. One row per sequence that samples in this step.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "kernels/tensor_view.h"
+
+namespace gloam {
+
+struct TokenLogprob {
+  int32_t token = 0;
+  float logprob = 0;
+  int rank = 0;  // 1 is the most likely token of the vocabulary; 0 where not computed
+};
+
+// What one row asks for. Order of application: allowed mask, logit_bias, repetition, frequency and
+// presence penalties, temperature, top_k, top_p, min_p, draw. temperature 0 is greedy: the largest
+// logit, lowest token id first among equals.
+struct SampleRow {
+  float temperature = 1.0f;
+  float top_p = 1.0f;
+  float min_p = 0.0f;
+  int top_k = 0;  // 0: all
+  float repetition_penalty = 1.0f;
+  float frequency_penalty = 0.0f;
+  float presence_penalty = 0.0f;
+  std::span<const int32_t> prompt_tokens;  // for repetition_penalty; empty unless it is not 1
+  std::span<const std::pair<int32_t, int32_t>> output_counts;  // (token, occurrences) generated
+  std::span<const std::pair<int32_t, float>> logit_bias;
+  std::span<const int32_t> banned_tokens;  // never drawn (end-of-sequence before min_tokens)
+  const uint32_t* allowed = nullptr;       // bit mask over the vocabulary, or null: all allowed
+  uint64_t seed = 0;   // with `draw_index`, determines the draw completely
+  uint64_t draw_index = 0;
+  int num_logprobs = -1;  // -1: none; 0: of the drawn token; n: and of the n most likely tokens
+};
+
+struct SampleResult {
+  int32_t token = 0;
+  TokenLogprob logprob;           // of the drawn token, when num_logprobs >= 0
+  std::vector<TokenLogprob> top;  // num_logprobs entries, most likely first
+};
+
+// Log-probabilities are those of the model: log_softmax of the logits as they came, before
+// penalties and temperature.
+struct SampleParams {
+  TensorView logits;  // [num_rows, vocab_size] fp32; used as scratch, contents undefined afterwards
+  std::span<const SampleRow> rows;    // [num_rows]
+  std::span<SampleResult> results;    // [num_rows]
+};
+
+// Log-probabilities of given tokens (prompt_logprobs, echo, scoring).
+struct ScoreParams {
+  TensorView logits;                  // [num_rows, vocab_size] fp32
+  std::span<const int32_t> tokens;    // [num_rows] the token that followed
+  int num_logprobs = 0;               // as in SampleRow, >= 0
+  std::span<SampleResult> results;    // [num_rows]; token = tokens[i]
+};
+
+}  // namespace gloam
