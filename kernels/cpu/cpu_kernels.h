@@ -1,0 +1,45 @@
+// The CPU backend's operations as free functions; cpu_ops.cc gathers them into an Ops. Contracts
+// are in the headers of kernels/.
+#pragma once
+
+#include <memory>
+#include <span>
+
+#include "base/status.h"
+#include "kernels/cpu/thread_pool.h"
+#include "kernels/ops.h"
+
+namespace gloam::cpu {
+
+// Memory that an operation needs while it runs, kept from call to call: Get() grows it when needed
+// and returns at least `bytes` bytes, 64-byte aligned, contents undefined.
+class Scratch {
+ public:
+  void* Get(size_t bytes);
+
+ private:
+  Buffer buffer_;
+};
+
+// gemm.cc, pack.cc
+StatusOr<std::unique_ptr<Weight>> PackWeight(std::span<const RawWeight> parts);
+void Embed(const EmbedParams& params, ThreadPool& pool);
+void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool,
+          Scratch& scratch);
+
+// elementwise.cc
+void RmsNorm(const RmsNormParams& params, ThreadPool& pool);
+void SiluMul(const SiluMulParams& params, ThreadPool& pool);
+void GatherRows(const GatherRowsParams& params);
+
+// rope_kv.cc
+void RopeAppendKv(const RopeKvParams& params, ThreadPool& pool);
+
+// attention.cc
+void Attention(const AttentionParams& params, ThreadPool& pool, Scratch& scratch);
+
+// sample.cc
+void Sample(const SampleParams& params, ThreadPool& pool);
+void Score(const ScoreParams& params, ThreadPool& pool);
+
+}  // namespace gloam::cpu
