@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -37,6 +38,10 @@ struct GenerationParams {
   std::optional<int64_t> num_logprobs;         // completions: logprobs; chat: top_logprobs or 0
   std::optional<int64_t> num_prompt_logprobs;  // prompt_logprobs
   int64_t priority = 0;
+
+  // What the client called these fields, for error messages; literals.
+  std::string_view max_tokens_field = "max_tokens";
+  std::string_view logprobs_field = "logprobs";
 };
 
 struct StreamOptions {
@@ -56,9 +61,9 @@ struct CompletionRequest {
 };
 
 struct ChatMessage {
-  std::string role;     // system, developer, user, assistant, tool
-  std::string content;  // text parts joined
-  nlohmann::json extra; // name, tool_calls, tool_call_id: passed to the template; object or null
+  std::string role;      // system, developer, user, assistant, tool
+  std::string content;   // text parts joined
+  nlohmann::json extra;  // name, tool_calls, tool_call_id: passed to the template; object or null
 };
 
 struct ChatCompletionRequest {

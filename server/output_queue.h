@@ -16,8 +16,10 @@ namespace gloam {
 
 class OutputQueue : public OutputSink {
  public:
-  // `on_ready` runs on the engine thread (it must only post to the connection's executor) when
-  // something arrives in an empty queue; never again after Close().
+  // `on_ready` runs on the engine thread, under the queue's lock, when something arrives in an
+  // empty queue; never again after Close(). It must only wake the reader (post, notify), not call
+  // back. `max_bytes` bounds text, tokens and log-probabilities that wait; the end always gets
+  // through.
   OutputQueue(size_t max_bytes, std::function<void()> on_ready);
 
   void OnPromptLogprobs(std::vector<SampleResult> logprobs) override;
@@ -37,6 +39,8 @@ class OutputQueue : public OutputSink {
   void Close();
 
  private:
+  bool IsEmptyLocked() const;
+
   const size_t max_bytes_;
   std::mutex mutex_;
   std::function<void()> on_ready_;
