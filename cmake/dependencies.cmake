@@ -2,6 +2,7 @@
 
 find_package(Threads REQUIRED)
 find_package(absl REQUIRED)
+include(grpc)  # gRPC, Protobuf, and Abseil from here on: static
 find_package(spdlog REQUIRED)
 find_package(hwy REQUIRED)
 find_package(nlohmann_json REQUIRED)
