@@ -22,10 +22,9 @@ class Scratch {
 };
 
 // gemm.cc, pack.cc
-StatusOr<std::unique_ptr<Weight>> PackWeight(std::span<const RawWeight> parts);
+StatusOr<std::unique_ptr<Weight>> PackWeight(std::span<const RawWeight> parts, ThreadPool& pool);
 void Embed(const EmbedParams& params, ThreadPool& pool);
-void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool,
-          Scratch& scratch);
+void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool, Scratch& scratch);
 
 // elementwise.cc
 void RmsNorm(const RmsNormParams& params, ThreadPool& pool);

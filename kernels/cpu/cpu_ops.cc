@@ -1,0 +1,73 @@
+// The CPU backend's Ops: one object that owns the threads and the scratch memory and forwards to
+// the free functions of cpu_kernels.h.
+#include <sched.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstdlib>
+#include <fstream>
+#include <string>
+
+#include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cpu/memory.h"
+
+namespace gloam {
+namespace {
+
+// Whole cores that the control group's quota allows; INT_MAX without a quota (cgroup v2).
+int CgroupCores() {
+  std::ifstream file("/sys/fs/cgroup/cpu.max");
+  std::string quota;
+  double period_us = 0;
+  if (!(file >> quota >> period_us) || quota == "max" || period_us <= 0) return INT_MAX;
+  return std::max(1, static_cast<int>(std::strtod(quota.c_str(), nullptr) / period_us + 0.5));
+}
+
+int UsableCores() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
+  return std::min(CPU_COUNT(&set), CgroupCores());
+}
+
+class CpuOps final : public Ops {
+ public:
+  explicit CpuOps(const CpuOptions& options)
+      : activations_(options.activations),
+        pool_(options.num_threads > 0 ? options.num_threads : UsableCores()) {}
+
+  Device device() const override { return Device::kCpu; }
+  DType activation_dtype() const override { return DType::kF32; }
+
+  StatusOr<Buffer> Allocate(size_t bytes) override { return cpu::AllocateBuffer(bytes); }
+  StatusOr<std::unique_ptr<Weight>> LoadWeight(std::span<const RawWeight> parts) override {
+    return cpu::PackWeight(parts, pool_);
+  }
+
+  void Embed(const EmbedParams& params) override { cpu::Embed(params, pool_); }
+  void RmsNorm(const RmsNormParams& params) override { cpu::RmsNorm(params, pool_); }
+  void SiluMul(const SiluMulParams& params) override { cpu::SiluMul(params, pool_); }
+  void GatherRows(const GatherRowsParams& params) override { cpu::GatherRows(params); }
+  void Gemm(const GemmParams& params) override {
+    cpu::Gemm(params, activations_, pool_, gemm_scratch_);
+  }
+  void RopeAppendKv(const RopeKvParams& params) override { cpu::RopeAppendKv(params, pool_); }
+  void Attention(const AttentionParams& params) override {
+    cpu::Attention(params, pool_, attention_scratch_);
+  }
+  void Sample(const SampleParams& params) override { cpu::Sample(params, pool_); }
+  void Score(const ScoreParams& params) override { cpu::Score(params, pool_); }
+
+ private:
+  const CpuActivations activations_;
+  cpu::ThreadPool pool_;
+  cpu::Scratch gemm_scratch_;
+  cpu::Scratch attention_scratch_;
+};
+
+}  // namespace
+
+std::unique_ptr<Ops> MakeCpuOps(const CpuOptions& options) {
+  return std::make_unique<CpuOps>(options);
+}
+
+}  // namespace gloam

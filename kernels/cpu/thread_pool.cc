@@ -1,0 +1,146 @@
+#include "kernels/cpu/thread_pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "base/check.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace gloam::cpu {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// How long a worker looks for the next piece before it sleeps. The gaps inside a forward pass are
+// a few microseconds; a sleeping worker costs its waker a system call and itself 20-50 us.
+constexpr auto kSpinTime = std::chrono::microseconds(150);
+// After this part of it, other threads may have the core between two looks.
+constexpr auto kPoliteAfter = std::chrono::microseconds(20);
+constexpr int kLooksPerRound = 32;
+
+void Pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins until `done()`; returns false when `limit` passed first.
+template <typename Done>
+bool SpinUntil(const Done& done, Clock::duration limit) {
+  Clock::time_point start;
+  for (bool first_round = true;; first_round = false) {
+    for (int i = 0; i < kLooksPerRound; ++i) {
+      if (done()) return true;
+      Pause();
+    }
+    const Clock::time_point now = Clock::now();
+    if (first_round) start = now;
+    if (now - start >= limit) return false;
+    if (now - start >= kPoliteAfter) std::this_thread::yield();
+  }
+}
+
+// One word says all about the current job: how many workers are inside it, whether more may enter,
+// and its number. A worker that wakes late finds the job closed and is not waited for.
+constexpr uint64_t kWorkerMask = 0xffff;
+constexpr uint64_t kOpen = uint64_t{1} << 16;
+constexpr uint64_t kNextJob = uint64_t{1} << 17;
+
+uint64_t JobOf(uint64_t state) { return state / kNextJob; }
+
+}  // namespace
+
+struct ThreadPool::Impl {
+  alignas(64) std::atomic<uint64_t> state{0};
+  alignas(64) std::atomic<int64_t> next_task{0};
+
+  // The job: written by the caller while it is closed and empty, read by workers inside it.
+  alignas(64) const TaskRef* task = nullptr;
+  int64_t num_tasks = 0;
+
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::atomic<int> num_sleepers{0};
+  std::atomic<bool> stopping{false};
+  std::vector<std::thread> workers;
+
+  void RunTasks(int thread) {
+    for (;;) {
+      const int64_t i = next_task.fetch_add(1, std::memory_order_relaxed);
+      if (i >= num_tasks) return;
+      (*task)(i, thread);
+    }
+  }
+
+  void WorkerLoop(int thread) {
+    uint64_t last_job = 0;
+    const auto has_news = [&] {
+      const uint64_t now = state.load(std::memory_order_seq_cst);
+      return ((now & kOpen) != 0 && JobOf(now) != last_job) || stopping.load();
+    };
+    for (;;) {
+      if (!SpinUntil(has_news, kSpinTime)) {
+        std::unique_lock lock(mutex);
+        num_sleepers.fetch_add(1);
+        wake.wait(lock, has_news);
+        num_sleepers.fetch_sub(1);
+      }
+      if (stopping.load()) return;
+      uint64_t seen = state.load(std::memory_order_acquire);
+      if ((seen & kOpen) == 0 || !state.compare_exchange_strong(seen, seen + 1)) continue;
+      last_job = JobOf(seen);
+      RunTasks(thread);
+      state.fetch_sub(1, std::memory_order_release);
+    }
+  }
+};
+
+ThreadPool::ThreadPool(int num_threads) : impl_(std::make_unique<Impl>()) {
+  GLOAM_CHECK(num_threads >= 1 && num_threads < static_cast<int>(kWorkerMask));
+  for (int thread = 1; thread < num_threads; ++thread) {
+    impl_->workers.emplace_back([impl = impl_.get(), thread] { impl->WorkerLoop(thread); });
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    std::lock_guard lock(impl_->mutex);
+    impl_->stopping.store(true);
+  }
+  impl_->wake.notify_all();
+  for (std::thread& worker : impl_->workers) worker.join();
+}
+
+int ThreadPool::num_threads() const { return static_cast<int>(impl_->workers.size()) + 1; }
+
+void ThreadPool::ParallelFor(int64_t num_tasks, TaskRef f) {
+  if (num_tasks <= 1 || impl_->workers.empty()) {
+    for (int64_t i = 0; i < num_tasks; ++i) f(i, 0);
+    return;
+  }
+  Impl& impl = *impl_;
+  impl.task = &f;
+  impl.num_tasks = num_tasks;
+  impl.next_task.store(0, std::memory_order_relaxed);
+  // seq_cst here and on num_sleepers: either this thread sees the sleeper, or it sees the job.
+  impl.state.fetch_add(kNextJob | kOpen, std::memory_order_seq_cst);
+  if (impl.num_sleepers.load(std::memory_order_seq_cst) > 0) {
+    { std::lock_guard lock(impl.mutex); }
+    impl.wake.notify_all();
+  }
+  impl.RunTasks(0);
+  impl.state.fetch_and(~kOpen, std::memory_order_acq_rel);
+  SpinUntil([&] { return (impl.state.load(std::memory_order_acquire) & kWorkerMask) == 0; },
+            Clock::duration::max());
+}
+
+}  // namespace gloam::cpu
