@@ -1,0 +1,163 @@
+#include "models/llama.h"
+
+#include <cmath>
+#include <cstddef>
+#include <utility>
+
+#include "base/check.h"
+
+namespace gloam {
+namespace {
+
+const float* Floats(const Buffer& buffer) { return static_cast<const float*>(buffer.data()); }
+
+// [rows, num_heads * head_dim] seen as [rows, num_heads, head_dim].
+TensorView Heads(const TensorView& x, int64_t num_heads, int64_t head_dim) {
+  GLOAM_CHECK(x.rank == 2 && x.shape[1] == num_heads * head_dim);
+  TensorView view = x;
+  view.rank = 3;
+  view.shape = {x.shape[0], num_heads, head_dim};
+  view.strides = {x.strides[0], head_dim, 1};
+  return view;
+}
+
+}  // namespace
+
+Llama::Llama(ModelConfig config, LlamaWeights weights, Ops& ops)
+    : config_(std::move(config)), weights_(std::move(weights)), ops_(ops) {}
+
+StatusOr<std::unique_ptr<Model>> Llama::Load(const ModelFile& file, Ops& ops,
+                                             const LoadOptions& options) {
+  GLOAM_ASSIGN_OR_RETURN(LlamaWeights weights, LoadLlamaWeights(file, ops, options));
+  return std::unique_ptr<Model>(new Llama(file.config(), std::move(weights), ops));
+}
+
+Status Llama::Reserve(int max_tokens, int max_logit_rows) {
+  GLOAM_CHECK(max_tokens > 0 && max_logit_rows > 0);
+  const ModelConfig& c = config_;
+  const DType dtype = ops_.activation_dtype();
+  struct Piece {
+    TensorView Activations::*view;
+    DType dtype;
+    int64_t rows, cols;
+  };
+  const Piece pieces[] = {
+      {&Activations::hidden, dtype, max_tokens, c.hidden_size},
+      {&Activations::normed, dtype, max_tokens, c.hidden_size},
+      {&Activations::qkv, dtype, max_tokens,
+       int64_t{c.num_heads + 2 * c.num_kv_heads} * c.head_dim},
+      {&Activations::attended, dtype, max_tokens, int64_t{c.num_heads} * c.head_dim},
+      {&Activations::gate_up, dtype, max_tokens, int64_t{2} * c.intermediate_size},
+      {&Activations::last, dtype, max_logit_rows, c.hidden_size},
+      {&Activations::logits, DType::kF32, max_logit_rows, c.vocab_size},
+  };
+  const auto bytes_of = [](const Piece& piece) {
+    constexpr size_t kAlignment = 64;  // a cache line
+    const size_t bytes = static_cast<size_t>(piece.rows * piece.cols) * DTypeBytes(piece.dtype);
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  size_t total = 0;
+  for (const Piece& piece : pieces) total += bytes_of(piece);
+
+  activations_ = Activations();  // gives the old memory back first
+  GLOAM_ASSIGN_OR_RETURN(activations_.memory, ops_.Allocate(total));
+  auto* next = static_cast<std::byte*>(activations_.memory.data());
+  for (const Piece& piece : pieces) {
+    activations_.*piece.view =
+        TensorView::Contiguous(next, piece.dtype, ops_.device(), {piece.rows, piece.cols});
+    next += bytes_of(piece);
+  }
+  return OkStatus();
+}
+
+TensorView Llama::Forward(const ForwardBatch& batch) {
+  const int num_tokens = batch.seqs.num_tokens;
+  GLOAM_CHECK(num_tokens > 0 && num_tokens <= activations_.hidden.shape[0]);
+  GLOAM_CHECK(batch.num_logit_rows >= 0 && batch.num_logit_rows <= activations_.last.shape[0]);
+  GLOAM_CHECK(batch.kv.size() == weights_.layers.size());
+
+  ops_.Embed({.table = weights_.token_embedding.get(),
+              .token_ids = batch.token_ids,
+              .out = activations_.hidden.Rows(0, num_tokens)});
+  for (int i = 0; i < config_.num_layers; ++i) {
+    Attention(i, batch);
+    FeedForward(weights_.layers[i], num_tokens);
+  }
+  return Logits(batch);
+}
+
+// hidden += W_o attention(rope(norm(W_q h)), cache of rope(norm(W_k h)) and W_v h), h =
+// norm(hidden)
+void Llama::Attention(int layer_index, const ForwardBatch& batch) {
+  const ModelConfig& c = config_;
+  const LlamaLayer& layer = weights_.layers[layer_index];
+  const int num_tokens = batch.seqs.num_tokens;
+  const TensorView hidden = activations_.hidden.Rows(0, num_tokens);
+  const TensorView normed = activations_.normed.Rows(0, num_tokens);
+  const TensorView qkv = activations_.qkv.Rows(0, num_tokens);
+  const TensorView attended = activations_.attended.Rows(0, num_tokens);
+  const int64_t q_dim = int64_t{c.num_heads} * c.head_dim;
+  const int64_t kv_dim = int64_t{c.num_kv_heads} * c.head_dim;
+  const TensorView q = Heads(qkv.Columns(0, q_dim), c.num_heads, c.head_dim);
+  const TensorView k = Heads(qkv.Columns(q_dim, kv_dim), c.num_kv_heads, c.head_dim);
+  const TensorView v = Heads(qkv.Columns(q_dim + kv_dim, kv_dim), c.num_kv_heads, c.head_dim);
+
+  RmsNorm(hidden, layer.attention_norm, normed);
+  layer.qkv.Apply(ops_, normed, qkv, /*accumulate=*/false);
+  if (c.qk_norm) {
+    RmsNorm(q, layer.q_norm, q);
+    RmsNorm(k, layer.k_norm, k);
+  }
+  const bool uses_rope = c.layer_uses_rope.empty() || c.layer_uses_rope[layer_index];
+  ops_.RopeAppendKv({.batch = batch.seqs,
+                     .q = q,
+                     .k = k,
+                     .v = v,
+                     .cos = Floats(weights_.rope_cos),
+                     .sin = Floats(weights_.rope_sin),
+                     .rotary_dim = uses_rope ? c.rotary_dim : 0,
+                     .style = c.rope_style,
+                     .kv = batch.kv[layer_index]});
+  ops_.Attention({.batch = batch.seqs,
+                  .q = q,
+                  .kv = batch.kv[layer_index],
+                  .scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim)),
+                  .sliding_window = c.sliding_window,
+                  .out = Heads(attended, c.num_heads, c.head_dim)});
+  layer.attention_out.Apply(ops_, attended, hidden, /*accumulate=*/true);
+}
+
+// hidden += W_down (silu(W_gate h) * W_up h), h = norm(hidden)
+void Llama::FeedForward(const LlamaLayer& layer, int num_tokens) {
+  const TensorView hidden = activations_.hidden.Rows(0, num_tokens);
+  const TensorView normed = activations_.normed.Rows(0, num_tokens);
+  const TensorView gate_up = activations_.gate_up.Rows(0, num_tokens);
+  const TensorView gate = gate_up.Columns(0, config_.intermediate_size);
+  const TensorView up = gate_up.Columns(config_.intermediate_size, config_.intermediate_size);
+
+  RmsNorm(hidden, layer.feed_forward_norm, normed);
+  layer.gate_up.Apply(ops_, normed, gate_up, /*accumulate=*/false);
+  ops_.SiluMul({.gate = gate, .up = up, .out = gate});
+  layer.down.Apply(ops_, gate, hidden, /*accumulate=*/true);
+}
+
+// logits = W_lm norm(hidden), for the rows that ask for them.
+TensorView Llama::Logits(const ForwardBatch& batch) {
+  const TensorView last = activations_.last.Rows(0, batch.num_logit_rows);
+  const TensorView logits = activations_.logits.Rows(0, batch.num_logit_rows);
+  if (batch.num_logit_rows == 0) return logits;
+  ops_.GatherRows({.x = activations_.hidden.Rows(0, batch.seqs.num_tokens),
+                   .row_indices = batch.logit_rows,
+                   .out = last});
+  RmsNorm(last, weights_.output_norm, last);
+  const Weight* lm_head =
+      weights_.lm_head ? weights_.lm_head.get() : weights_.token_embedding.get();
+  ops_.Gemm({.x = last, .outputs = {{{.weight = lm_head, .y = logits}}}, .num_outputs = 1});
+  return logits;
+}
+
+void Llama::RmsNorm(const TensorView& x, const Buffer& weight, const TensorView& out) {
+  ops_.RmsNorm({.x = x, .weight = Floats(weight), .eps = config_.rms_norm_eps, .out = out});
+}
+
+}  // namespace gloam

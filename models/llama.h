@@ -1,0 +1,51 @@
+// Llama: the forward pass of the Llama family (Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM2 and 3,
+// TinyLlama): pre-norm transformer, grouped-query attention with rotary positions over the paged
+// cache, SwiGLU. What differs between families is in ModelConfig. Engine thread only.
+#pragma once
+
+#include <memory>
+
+#include "models/llama_weights.h"
+#include "models/model.h"
+
+namespace gloam {
+
+class Llama final : public Model {
+ public:
+  // Loads `file`'s weights into the memory of `ops`, which must outlive the model. `file` may go
+  // away afterwards. Errors: LoadLlamaWeights.
+  [[nodiscard]] static StatusOr<std::unique_ptr<Model>> Load(const ModelFile& file, Ops& ops,
+                                                             const LoadOptions& options);
+
+  const ModelConfig& config() const override { return config_; }
+  int64_t weight_bytes() const override { return weights_.bytes; }
+  [[nodiscard]] Status Reserve(int max_tokens, int max_logit_rows) override;
+  TensorView Forward(const ForwardBatch& batch) override;
+
+ private:
+  // Everything that a step computes, in one piece of memory.
+  struct Activations {
+    Buffer memory;
+    TensorView hidden;    // [max_tokens, hidden_size], the residual stream
+    TensorView normed;    // [max_tokens, hidden_size]
+    TensorView qkv;       // [max_tokens, (num_heads + 2 num_kv_heads) head_dim]
+    TensorView attended;  // [max_tokens, num_heads head_dim]
+    TensorView gate_up;   // [max_tokens, 2 intermediate_size]
+    TensorView last;      // [max_logit_rows, hidden_size], rows of `hidden`
+    TensorView logits;    // [max_logit_rows, vocab_size] fp32
+  };
+
+  Llama(ModelConfig config, LlamaWeights weights, Ops& ops);
+
+  void Attention(int layer_index, const ForwardBatch& batch);
+  void FeedForward(const LlamaLayer& layer, int num_tokens);
+  TensorView Logits(const ForwardBatch& batch);
+  void RmsNorm(const TensorView& x, const Buffer& weight, const TensorView& out);
+
+  ModelConfig config_;
+  LlamaWeights weights_;
+  Ops& ops_;
+  Activations activations_;
+};
+
+}  // namespace gloam
