@@ -1,0 +1,329 @@
+#include "engine/engine_core.h"
+
+#include <algorithm>
+#include <limits>
+#include <span>
+
+#include "base/check.h"
+#include "base/logging.h"
+
+namespace gloam {
+namespace {
+
+// Prompt tokens that get log-probabilities in one step: bounds the logits' memory (4 bytes x
+// vocabulary each), and costs only requests with prompt_logprobs, whose chunks are this short.
+constexpr int kMaxScoreRows = 64;
+
+double Seconds(EngineCore::Clock::duration duration) {
+  return std::chrono::duration<double>(duration).count();
+}
+
+// SplitMix64's finaliser (Steele, Lea, Flood 2014).
+uint64_t Mix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+// The seed of answer `index` of a request with seed `seed`.
+uint64_t AnswerSeed(uint64_t seed, int index) {
+  return Mix(Mix(seed) + static_cast<uint64_t>(index));
+}
+
+Status CheckOptions(const EngineOptions& options) {
+  if (options.max_num_seqs < 1) {
+    return InvalidArgument("--max-num-seqs {} is below 1", options.max_num_seqs);
+  }
+  if (options.max_num_batched_tokens < 1) {
+    return InvalidArgument("--max-num-batched-tokens {} is below 1",
+                           options.max_num_batched_tokens);
+  }
+  if (options.max_queued_requests < 1) {
+    return InvalidArgument("--max-queued-requests {} is below 1", options.max_queued_requests);
+  }
+  return OkStatus();
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<EngineCore>> EngineCore::Create(const EngineOptions& options, Ops& ops,
+                                                         std::unique_ptr<Model> model,
+                                                         const Tokenizer& tokenizer,
+                                                         MetricsRegistry& metrics) {
+  GLOAM_RETURN_IF_ERROR(CheckOptions(options));
+  GLOAM_ASSIGN_OR_RETURN(KvPlan plan, PlanKvCache(options, model->config()));
+  GLOAM_ASSIGN_OR_RETURN(KvCachePool pool,
+                         KvCachePool::Create(ops, plan, model->config().num_layers));
+
+  SchedulerOptions scheduling;
+  scheduling.max_num_batched_tokens = options.max_num_batched_tokens;
+  // Every running sequence needs room for its token in each step.
+  scheduling.max_num_seqs = std::min(options.max_num_seqs, options.max_num_batched_tokens);
+  scheduling.max_score_rows = std::min(kMaxScoreRows, options.max_num_batched_tokens);
+  scheduling.num_blocks = plan.num_blocks;
+  scheduling.enable_prefix_caching = options.enable_prefix_caching;
+
+  const ModelRunnerLimits limits = {.max_num_seqs = scheduling.max_num_seqs,
+                                    .max_num_batched_tokens = scheduling.max_num_batched_tokens,
+                                    .max_score_rows = scheduling.max_score_rows,
+                                    .max_model_len = plan.max_model_len};
+  GLOAM_ASSIGN_OR_RETURN(ModelRunner runner,
+                         ModelRunner::Create(limits, ops, *model, pool.layers()));
+  GLOAM_RETURN_IF_ERROR(runner.WarmUp());
+  metrics.SetCacheConfig(kBlockTokens, plan.num_blocks);
+  return std::unique_ptr<EngineCore>(new EngineCore(scheduling, plan, ops, std::move(model),
+                                                    tokenizer, metrics, std::move(pool),
+                                                    std::move(runner)));
+}
+
+EngineCore::EngineCore(const SchedulerOptions& options, const KvPlan& kv_plan, Ops& ops,
+                       std::unique_ptr<Model> model, const Tokenizer& tokenizer,
+                       MetricsRegistry& metrics, KvCachePool kv_pool, ModelRunner runner)
+    : kv_plan_(kv_plan),
+      ops_(ops),
+      model_(std::move(model)),
+      tokenizer_(tokenizer),
+      metrics_(metrics),
+      kv_pool_(std::move(kv_pool)),
+      runner_(std::move(runner)),
+      scheduler_(options),
+      seed_source_(std::random_device{}()),
+      sample_results_(options.max_num_seqs) {
+  sample_rows_.reserve(options.max_num_seqs);
+  stats_.num_blocks_total = kv_plan.num_blocks;
+}
+
+void EngineCore::Add(RequestHandle handle, Request request, std::shared_ptr<OutputSink> sink,
+                     Clock::time_point submit_time) {
+  auto active = std::make_unique<ActiveRequest>();
+  active->handle = handle;
+  active->request = std::move(request);
+  active->sink = std::move(sink);
+  active->submit_time = submit_time;
+  active->num_unfinished = active->request.n;
+
+  const SamplingParams& sampling = active->request.sampling;
+  const uint64_t seed = sampling.seed ? *sampling.seed : seed_source_();
+  const int room = kv_plan_.max_model_len - static_cast<int>(active->request.prompt.size());
+  const int max_new_tokens = std::min(sampling.max_tokens.value_or(room), room);
+  const uint64_t arrival = num_arrivals_++;
+  for (int i = 0; i < active->request.n; ++i) {
+    const SequenceOrder order = {
+        .priority = active->request.priority, .arrival = arrival, .index = i};
+    active->answers.push_back(std::make_unique<Answer>(active->request, order, AnswerSeed(seed, i),
+                                                       max_new_tokens, tokenizer_));
+    active->answers.back()->active_request = active.get();
+  }
+  // The other answers begin when the first has computed the prompt, and find it in the cache.
+  scheduler_.Add(active->answers.front()->sequence());
+  num_held_answers_ += active->request.n - 1;
+  if (active->request.deadline) deadlines_.emplace(*active->request.deadline, handle);
+  requests_.emplace(handle, std::move(active));
+  PublishStats();
+}
+
+void EngineCore::Cancel(RequestHandle handle) {
+  const auto it = requests_.find(handle);
+  if (it == requests_.end()) return;
+  EndRequest(*it->second, FinishReason::kCancelled, OkStatus());
+  ended_.clear();
+}
+
+void EngineCore::ExpireDeadlines(Clock::time_point now) {
+  while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
+    ActiveRequest& active = *requests_.at(deadlines_.begin()->second);
+    EndRequest(
+        active, FinishReason::kError,
+        MakeStatus(StatusCode::kDeadlineExceeded, "the request's deadline passed while it {}",
+                   active.started ? "was running" : "waited in the queue"));
+  }
+  ended_.clear();
+}
+
+void EngineCore::EndAll(FinishReason reason, const Status& error) {
+  while (!requests_.empty()) EndRequest(*requests_.begin()->second, reason, error);
+  ended_.clear();
+}
+
+void EngineCore::Step() {
+  const StepPlan& plan = scheduler_.Schedule();
+  if (plan.sequences.empty()) return;
+  NoteStarts(plan);
+  const ModelRunner::Logits logits = runner_.Forward(plan);
+  ScorePrompts(plan, logits.score);
+  SampleTokens(plan, logits.sample);
+  scheduler_.Advance();
+
+  const Clock::time_point now = Clock::now();
+  int row = 0;
+  for (const ScheduledSequence& scheduled : plan.sequences) {
+    if (!scheduled.samples) continue;
+    SampleResult& result = sample_results_[row++];
+    Answer& answer = *scheduled.sequence->answer;
+    // A sink that overflowed on another answer of the request has ended this one.
+    if (!answer.finished()) AcceptToken(answer, std::move(result), now);
+  }
+  PublishStats();
+  ended_.clear();
+}
+
+void EngineCore::NoteStarts(const StepPlan& plan) {
+  for (const ScheduledSequence& scheduled : plan.sequences) {
+    ActiveRequest& active = *scheduled.sequence->answer->active_request;
+    if (active.started) continue;
+    active.started = true;
+    ++num_requests_started_;
+    metrics_.request_queue_time.Observe(Seconds(Clock::now() - active.submit_time));
+  }
+}
+
+void EngineCore::ScorePrompts(const StepPlan& plan, const TensorView& logits) {
+  int row = 0;
+  for (const ScheduledSequence& scheduled : plan.sequences) {
+    if (scheduled.num_score_rows == 0) continue;
+    const Sequence& sequence = *scheduled.sequence;
+    ActiveRequest& active = *sequence.answer->active_request;
+    const int position = sequence.num_computed + scheduled.first_score_row;
+    std::vector<SampleResult>& scores = active.prompt_logprobs;
+    if (scores.empty()) {  // the first token follows nothing
+      scores.push_back({.token = sequence.tokens[0], .logprob = {.token = sequence.tokens[0]}});
+    }
+    GLOAM_CHECK(static_cast<int>(scores.size()) == position + 1);
+    scores.resize(scores.size() + scheduled.num_score_rows);
+    ops_.Score(
+        {.logits = logits.Rows(row, scheduled.num_score_rows),
+         .tokens = std::span(sequence.tokens).subspan(position + 1, scheduled.num_score_rows),
+         .num_logprobs = active.request.sampling.num_prompt_logprobs,
+         .results = std::span(scores).last(scheduled.num_score_rows)});
+    row += scheduled.num_score_rows;
+  }
+}
+
+void EngineCore::SampleTokens(const StepPlan& plan, const TensorView& logits) {
+  sample_rows_.clear();
+  for (const ScheduledSequence& scheduled : plan.sequences) {
+    if (scheduled.samples) sample_rows_.push_back(scheduled.sequence->answer->MakeSampleRow());
+  }
+  if (sample_rows_.empty()) return;
+  const std::span results = std::span(sample_results_).first(sample_rows_.size());
+  std::fill(results.begin(), results.end(), SampleResult());
+  ops_.Sample({.logits = logits, .rows = sample_rows_, .results = results});
+}
+
+void EngineCore::AcceptToken(Answer& answer, SampleResult result, Clock::time_point now) {
+  ActiveRequest& active = *answer.active_request;
+  if (!active.prompt_done) FinishPrompt(active);
+  if (answer.MayGenerate()) {
+    const bool is_first = answer.num_generated() == 0;
+    answer.Accept(std::move(result));
+    ++num_generated_tokens_;
+    if (is_first) {
+      metrics_.time_to_first_token.Observe(Seconds(now - active.submit_time));
+    } else {
+      metrics_.inter_token_latency.Observe(Seconds(now - answer.last_token_time));
+    }
+    answer.last_token_time = now;
+  } else {
+    answer.Finish(FinishReason::kLength);
+  }
+
+  if (answer.finished()) FinishAnswer(answer, now);
+  if (answer.HasDelta() && !active.sink->OnDelta(answer.TakeDelta())) {
+    EndRequest(active, FinishReason::kCancelled, OkStatus());
+  } else if (active.num_unfinished == 0) {
+    CloseRequest(active);
+  }
+}
+
+void EngineCore::FinishPrompt(ActiveRequest& active) {
+  active.prompt_done = true;
+  num_prompt_tokens_ += static_cast<int64_t>(active.request.prompt.size());
+  if (active.request.sampling.num_prompt_logprobs >= 0) {
+    if (active.prompt_logprobs.empty()) {  // a prompt of one token has nothing to score
+      const int32_t token = active.request.prompt[0];
+      active.prompt_logprobs.push_back({.token = token, .logprob = {.token = token}});
+    }
+    active.sink->OnPromptLogprobs(std::move(active.prompt_logprobs));
+  }
+  for (size_t i = 1; i < active.answers.size(); ++i) scheduler_.Add(active.answers[i]->sequence());
+  num_held_answers_ -= active.request.n - 1;
+}
+
+void EngineCore::FinishAnswer(Answer& answer, Clock::time_point now) {
+  scheduler_.Remove(answer.sequence());
+  --answer.active_request->num_unfinished;
+  metrics_.RequestSuccess(answer.finish_reason()).Increment();
+  metrics_.e2e_request_latency.Observe(Seconds(now - answer.active_request->submit_time));
+}
+
+void EngineCore::EndRequest(ActiveRequest& active, FinishReason reason, const Status& error) {
+  const Clock::time_point now = Clock::now();
+  for (const auto& answer : active.answers) {
+    if (answer->finished()) continue;
+    answer->Finish(reason, error);
+    FinishAnswer(*answer, now);
+  }
+  for (const auto& answer : active.answers) {
+    // The request ends in any case, so a full sink changes nothing.
+    if (answer->HasDelta()) (void)active.sink->OnDelta(answer->TakeDelta());
+  }
+  CloseRequest(active);
+}
+
+void EngineCore::CloseRequest(ActiveRequest& active) {
+  GLOAM_CHECK(active.num_unfinished == 0);
+  if (!active.started) ++num_requests_started_;
+  if (!active.prompt_done) num_held_answers_ -= active.request.n - 1;
+  ++num_requests_ended_;
+  if (active.request.deadline) deadlines_.erase({*active.request.deadline, active.handle});
+
+  RequestSummary summary;
+  summary.prompt_tokens = static_cast<int>(active.request.prompt.size());
+  summary.cached_tokens = std::max(0, active.answers.front()->sequence().num_cached_tokens);
+  for (const auto& answer : active.answers) summary.completion_tokens += answer->num_generated();
+
+  const auto it = requests_.find(active.handle);
+  ended_.push_back(std::move(it->second));
+  requests_.erase(it);
+  PublishStats();  // whoever sees OnEnd sees the blocks free
+  active.sink->OnEnd(summary);
+  active.sink.reset();
+}
+
+EngineStats EngineCore::stats() const {
+  std::lock_guard lock(stats_mutex_);
+  return stats_;
+}
+
+void EngineCore::PublishStats() {
+  EngineStats now;
+  now.num_waiting = scheduler_.num_waiting() + num_held_answers_;
+  now.num_running = scheduler_.num_running();
+  now.num_blocks_total = scheduler_.blocks().num_blocks();
+  now.num_blocks_in_use = scheduler_.blocks().num_in_use();
+  now.prompt_tokens_total = num_prompt_tokens_;
+  now.generation_tokens_total = num_generated_tokens_;
+  now.num_preemptions_total = scheduler_.num_preemptions();
+  now.prefix_cache_queries = scheduler_.num_prefix_queries();
+  now.prefix_cache_hits = scheduler_.num_prefix_hits();
+
+  metrics_.num_requests_waiting.Set(now.num_waiting);
+  metrics_.num_requests_running.Set(now.num_running);
+  metrics_.kv_cache_usage.Set(static_cast<double>(now.num_blocks_in_use) /
+                              static_cast<double>(now.num_blocks_total));
+  const auto advance = [](prometheus::Counter& counter, int64_t from, int64_t to) {
+    if (to > from) counter.Increment(static_cast<double>(to - from));
+  };
+  const EngineStats& last = stats_;
+  advance(metrics_.prompt_tokens, last.prompt_tokens_total, now.prompt_tokens_total);
+  advance(metrics_.generation_tokens, last.generation_tokens_total, now.generation_tokens_total);
+  advance(metrics_.num_preemptions, last.num_preemptions_total, now.num_preemptions_total);
+  advance(metrics_.prefix_cache_queries, last.prefix_cache_queries, now.prefix_cache_queries);
+  advance(metrics_.prefix_cache_hits, last.prefix_cache_hits, now.prefix_cache_hits);
+
+  std::lock_guard lock(stats_mutex_);
+  stats_ = now;
+}
+
+}  // namespace gloam

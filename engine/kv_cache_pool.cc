@@ -1,0 +1,73 @@
+#include "engine/kv_cache_pool.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "base/logging.h"
+#include "engine/block_manager.h"
+
+namespace gloam {
+namespace {
+
+double MiB(int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
+
+}  // namespace
+
+StatusOr<KvPlan> PlanKvCache(const EngineOptions& options, const ModelConfig& config) {
+  if (options.kv_cache_dtype != DType::kBF16 && options.kv_cache_dtype != DType::kF32) {
+    return InvalidArgument("--kv-cache-dtype: the KV cache holds bfloat16 or float32");
+  }
+  if (options.max_model_len < 0 || options.max_model_len > config.max_position) {
+    return InvalidArgument("--max-model-len {} is not in [1, {}], the context of this model",
+                           options.max_model_len, config.max_position);
+  }
+
+  KvPlan plan;
+  plan.layout = {.dtype = options.kv_cache_dtype,
+                 .num_kv_heads = config.num_kv_heads,
+                 .head_dim = config.head_dim};
+  plan.bytes_per_block = config.num_layers * plan.layout.block_bytes();
+  plan.num_blocks = options.num_kv_blocks > 0 ? options.num_kv_blocks
+                                              : options.kv_cache_bytes / plan.bytes_per_block;
+  plan.num_blocks = std::min<int64_t>(plan.num_blocks, std::numeric_limits<int32_t>::max());
+  if (plan.num_blocks < 1) {
+    return ResourceExhausted(
+        "a KV cache of {} bytes holds no block: one block of {} tokens takes {} bytes",
+        options.kv_cache_bytes, kBlockTokens, plan.bytes_per_block);
+  }
+
+  plan.max_model_len = options.max_model_len > 0 ? options.max_model_len : config.max_position;
+  if (plan.max_model_len > plan.num_tokens()) {
+    const int64_t bytes_needed = BlocksFor(plan.max_model_len) * plan.bytes_per_block;
+    if (options.max_model_len > 0) {
+      return ResourceExhausted(
+          "--max-model-len {} needs {:.1f} MiB of KV cache, but there are {:.1f} MiB: raise "
+          "--kv-cache-memory-bytes to {}, or lower --max-model-len to {}",
+          plan.max_model_len, MiB(bytes_needed), MiB(plan.num_blocks * plan.bytes_per_block),
+          bytes_needed, plan.num_tokens());
+    }
+    spdlog::warn(
+        "the model's context of {} tokens needs {:.1f} MiB of KV cache, but there are {:.1f} MiB: "
+        "requests are limited to {} tokens",
+        plan.max_model_len, MiB(bytes_needed), MiB(plan.num_blocks * plan.bytes_per_block),
+        plan.num_tokens());
+    plan.max_model_len = static_cast<int>(plan.num_tokens());
+  }
+  return plan;
+}
+
+StatusOr<KvCachePool> KvCachePool::Create(Ops& ops, const KvPlan& plan, int num_layers) {
+  KvCachePool pool;
+  for (int layer = 0; layer < num_layers; ++layer) {
+    GLOAM_ASSIGN_OR_RETURN(
+        Buffer buffer,
+        ops.Allocate(static_cast<size_t>(plan.num_blocks * plan.layout.block_bytes())));
+    pool.layers_.push_back(
+        {.data = buffer.data(), .layout = plan.layout, .num_blocks = plan.num_blocks});
+    pool.buffers_.push_back(std::move(buffer));
+  }
+  return pool;
+}
+
+}  // namespace gloam
