@@ -20,6 +20,7 @@ struct GrpcServerOptions {
   std::vector<std::string> api_keys;  // empty: every call is let in
   int max_message_bytes = 16 << 20;   // of one request
   size_t max_queued_bytes = 4 << 20;  // output that waits for one slow reader, then CANCELLED
+  std::chrono::milliseconds write_timeout{60'000};  // a stream not read for so long is CANCELLED
 };
 
 class GrpcServer {
