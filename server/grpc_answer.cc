@@ -1,10 +1,12 @@
 // The answers' half of server/grpc_codec.h.
 
+#include <algorithm>
 #include <chrono>
 #include <string_view>
 
 #include "models/tokenizer/utf8.h"
 #include "server/grpc_codec.h"
+#include "server/token_text.h"
 
 namespace gloam {
 namespace {
@@ -19,12 +21,6 @@ void ToWire(const RequestSummary& summary, v1::Usage* usage) {
   usage->set_completion_tokens(summary.completion_tokens);
   usage->set_total_tokens(summary.prompt_tokens + summary.completion_tokens);
   usage->mutable_prompt_tokens_details()->set_cached_tokens(summary.cached_tokens);
-}
-
-int CountCharacters(std::string_view utf8) {
-  int count = 0;
-  for (const char byte : utf8) count += (static_cast<unsigned char>(byte) & 0xC0) != 0x80;
-  return count;
 }
 
 // Facts and helpers that both kinds of answers need.
@@ -53,13 +49,9 @@ class EncoderBase : public AnswerEncoder {
     return true;
   }
 
-  std::string TokenText(int32_t token) const {
-    return ReplaceInvalidUtf8(tokenizer_.TokenBytes(token, /*skip_special=*/false));
-  }
-
   void ToWire(const TokenLogprob& logprob, v1::TokenLogprob* message) const {
     const std::string_view bytes = tokenizer_.TokenBytes(logprob.token, /*skip_special=*/false);
-    message->set_token(ReplaceInvalidUtf8(bytes));
+    message->set_token(TokenText(bytes));
     message->set_bytes(std::string(bytes));
     message->set_token_id(logprob.token);
     message->set_logprob(logprob.logprob);
@@ -174,19 +166,24 @@ class CompletionEncoder final : public EncoderBase {
                       v1::CompletionChoice* choice) const {
     if (prepared_.num_logprobs < 0) return;
     v1::CompletionLogprobs* logprobs = choice->mutable_logprobs();
+    const auto text_of = [&](int32_t token) {
+      return CompletionTokenText(tokenizer_.TokenBytes(token, /*skip_special=*/false));
+    };
     for (const SampleResult& result : results) {
-      const std::string text = TokenText(result.token);
+      const std::string text = text_of(result.token);
       logprobs->add_token_logprobs(result.logprob.logprob);
       logprobs->add_text_offset(stream->text_offset);
-      stream->text_offset += CountCharacters(text);
+      // Special tokens are not part of the text, so they take no room in it.
+      stream->text_offset += static_cast<int>(
+          CountCharacters(tokenizer_.TokenBytes(result.token, /*skip_special=*/true)));
       auto& top = *logprobs->add_top_logprobs()->mutable_logprobs();
-      const size_t count = std::min<size_t>(prepared_.num_logprobs, result.top.size());
-      for (size_t i = 0; i < count; ++i) {
-        // Several tokens may share a text (U+FFFD): the most likely one counts.
-        top.insert({TokenText(result.top[i].token), result.top[i].logprob});
+      if (result.logprob.rank > 0) {
+        const size_t count = std::min<size_t>(prepared_.num_logprobs, result.top.size());
+        for (size_t i = 0; i < count; ++i) {
+          top[text_of(result.top[i].token)] = result.top[i].logprob;
+        }
+        top[text] = result.logprob.logprob;  // always there, as in OpenAI's answers
       }
-      // As OpenAI does: the drawn token is there even when it is not among the most likely.
-      if (count > 0) top.insert({text, result.logprob.logprob});
       logprobs->add_tokens(text);
     }
   }

@@ -52,9 +52,12 @@ StatusOr<std::unique_ptr<RunningGeneration>> RunningGeneration::Start(
   return running;
 }
 
-RunningGeneration::~RunningGeneration() { Cancel(); }
+RunningGeneration::~RunningGeneration() {
+  if (num_ended_ < num_prompts()) Cancel();
+}
 
 void RunningGeneration::Cancel() {
+  if (cancelled_.exchange(true)) return;
   for (const auto& queue : queues_) queue->Close();
   for (const RequestHandle handle : handles_) engine_.Cancel(handle);
 }

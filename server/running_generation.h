@@ -4,6 +4,7 @@
 // for responses that are not streamed.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -62,6 +63,7 @@ class RunningGeneration {
   std::vector<RequestHandle> handles_;
   std::vector<std::vector<int32_t>> prompt_tokens_;
   int num_ended_ = 0;
+  std::atomic<bool> cancelled_ = false;
   RequestSummary summary_;
 };
 
