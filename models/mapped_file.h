@@ -28,4 +28,7 @@ class MappedFile {
   std::span<const std::byte> bytes_;  // page-aligned; empty after a move
 };
 
+// False also where the system does not let us look.
+bool FileExists(const std::filesystem::path& path);
+
 }  // namespace gloam
