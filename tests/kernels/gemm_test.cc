@@ -1,0 +1,354 @@
+#include "kernels/gemm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "catch2/catch.hpp"
+#include "hwy/targets.h"
+#include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cpu/gemm_kernels.h"
+#include "kernels/quant_block.h"
+
+namespace gloam::cpu {
+namespace {
+
+constexpr WeightType kAllTypes[] = {
+    WeightType::kF32,  WeightType::kF16,  WeightType::kBF16, WeightType::kQ4_0,
+    WeightType::kQ4_1, WeightType::kQ5_0, WeightType::kQ5_1, WeightType::kQ8_0,
+    WeightType::kQ4_K, WeightType::kQ5_K, WeightType::kQ6_K,
+};
+
+// Columns that end inside a chunk of 256 where the type allows it.
+int64_t RaggedCols(WeightType type) {
+  const int block = InfoOf(type).block_elements;
+  return block == 256 ? 512 : block == 32 ? 352 : 301;
+}
+
+// A random matrix as a file would hold it.
+struct Matrix {
+  std::vector<std::byte> bytes;
+  RawWeight raw;
+
+  Matrix(WeightType type, int64_t rows, int64_t cols, std::mt19937& rng) {
+    bytes.resize(rows * RowBytes(type, cols));
+    for (std::byte& byte : bytes) byte = static_cast<std::byte>(rng() & 0xff);
+    raw = {bytes.data(), type, rows, cols};
+    const auto put16 = [&](size_t at, uint32_t value) { std::memcpy(&bytes[at], &value, 2); };
+    // fp16 of 2^-7..2^-4, either sign.
+    const auto f16 = [&] { return (rng() & 0x83ff) | (8 + rng() % 4) << 10; };
+    const WeightTypeInfo& info = InfoOf(type);
+    const size_t num_blocks = bytes.size() / info.block_bytes;
+    for (size_t block = 0; block < num_blocks; ++block) {
+      const size_t at = block * info.block_bytes;
+      if (type == WeightType::kF32) {
+        const float value = std::normal_distribution<float>()(rng);
+        std::memcpy(&bytes[at], &value, 4);
+      } else if (type == WeightType::kBF16) {
+        put16(at, (rng() & 0x807f) | (120 + rng() % 8) << 7);
+      } else if (type == WeightType::kQ6_K) {
+        put16(at + 208, f16());
+      } else {
+        put16(at, f16());
+        const bool has_min = info.block_elements > 1 && QuantTraitsOf(type).has_min;
+        if (has_min) put16(at + 2, f16());
+      }
+    }
+  }
+
+  std::vector<float> Dequantized() const {
+    std::vector<float> values(raw.rows * raw.cols);
+    for (int64_t row = 0; row < raw.rows; ++row) {
+      DequantizeRow(raw, row, values.data() + row * raw.cols);
+    }
+    return values;
+  }
+};
+
+std::unique_ptr<Weight> Pack(std::initializer_list<RawWeight> parts, ThreadPool& pool) {
+  auto packed = PackWeight(std::span(parts.begin(), parts.size()), pool);
+  REQUIRE(packed.ok());
+  return std::move(*packed);
+}
+
+// Activations with a few large channels, as in real models, and one block of zeros.
+std::vector<float> RandomActivations(int64_t rows, int64_t cols, std::mt19937& rng) {
+  std::normal_distribution<float> normal;
+  std::vector<float> x(rows * cols);
+  for (int64_t i = 0; i < rows * cols; ++i) {
+    x[i] = normal(rng) * (i % 97 == 0 ? 30.0f : 1.0f);
+    if (i % cols / 32 == 3) x[i] = 0;
+  }
+  return x;
+}
+
+TensorView View(std::vector<float>& data, int64_t rows, int64_t cols) {
+  return TensorView::Contiguous(data.data(), DType::kF32, Device::kCpu, {rows, cols});
+}
+
+std::vector<float> Multiply(const Weight& weight, std::vector<float> x, int64_t rows,
+                            CpuActivations activations, ThreadPool& pool) {
+  Scratch scratch;
+  std::vector<float> y(rows * weight.rows(), NAN);
+  GemmParams params;
+  params.x = View(x, rows, weight.cols());
+  params.num_outputs = 1;
+  params.outputs[0] = {&weight, nullptr, View(y, rows, weight.rows()), false};
+  Gemm(params, activations, pool, scratch);
+  return y;
+}
+
+// Activations as the int8 mode sees them, by plain code.
+std::vector<float> RoundedActivations(const std::vector<float>& x) {
+  std::vector<float> rounded(x.size());
+  for (size_t block = 0; block < x.size(); block += 32) {
+    float largest = 0;
+    for (size_t i = block; i < block + 32; ++i) largest = std::max(largest, std::fabs(x[i]));
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    for (size_t i = block; i < block + 32; ++i) {
+      rounded[i] = largest / 127.0f * std::nearbyint(x[i] * inverse);
+    }
+  }
+  return rounded;
+}
+
+// Sum over k of the magnitudes that the fp32 sums of one output element run over. A weight with a
+// min is a difference of two larger terms, each rounded.
+double Magnitude(const Matrix& matrix, const float* w, int64_t row, const float* x) {
+  const RawWeight& raw = matrix.raw;
+  double sum = 0;
+  for (int64_t k = 0; k < raw.cols; ++k) {
+    double min = 0;
+    if (IsQuantized(raw.type) && QuantTraitsOf(raw.type).has_min) {
+      const std::byte* data = raw.data + row * RowBytes(raw.type, raw.cols);
+      const QuantRun run = DecodeRun(raw.type, data, k / 32);
+      // The largest fp16 that Matrix makes, times the sub-min.
+      min = 0.125 * (QuantTraitsOf(raw.type).is_k_quant ? run.sub_min : 1);
+    }
+    sum += (std::fabs(w[k]) + 2 * min) * std::fabs(x[k]);
+  }
+  return sum;
+}
+
+// Checks the product against double precision.
+//   fp32 rounding: at most 3 roundings per step of the sum, each 2^-24 of a partial sum that is
+//     bounded by the magnitudes' sum A: |error| <= 3 * steps * 2^-24 * A.
+//   int8 activations: an activation moves by at most half a step, largest / 254, so besides the
+//     above |y - W x| <= sum |w_k| * largest(block of k) / 254 (1% more for x * (127 / largest)
+//     rounding across a tie).
+void CheckAgainstDouble(WeightType type, int64_t rows, CpuActivations activations) {
+  std::mt19937 rng(7 + static_cast<unsigned>(type));
+  const int64_t cols = RaggedCols(type);
+  const int64_t num_outputs = 37;  // two panels and a bit
+  const Matrix matrix(type, num_outputs, cols, rng);
+  ThreadPool pool(2);
+  const auto weight = Pack({matrix.raw}, pool);
+  const std::vector<float> x = RandomActivations(rows, cols, rng);
+  const std::vector<float> y = Multiply(*weight, x, rows, activations, pool);
+
+  const bool int8 = activations == CpuActivations::kInt8 && IsQuantized(type);
+  const std::vector<float> seen = int8 ? RoundedActivations(x) : x;
+  const std::vector<float> w = matrix.Dequantized();
+  const int64_t steps = int8 ? cols / 16 + 2 : cols;
+  double worst = 0;  // error in units of its bound
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t n = 0; n < num_outputs; ++n) {
+      const float* wn = w.data() + n * cols;
+      const float* xr = x.data() + row * cols;
+      const float* sr = seen.data() + row * cols;
+      double exact = 0;
+      double exact_seen = 0;
+      double step_error = 0;
+      for (int64_t k = 0; k < cols; ++k) {
+        exact += double{wn[k]} * xr[k];
+        exact_seen += double{wn[k]} * sr[k];
+        if (!int8) continue;
+        float largest = 0;
+        for (int64_t i = k / 32 * 32; i < k / 32 * 32 + 32; ++i) {
+          largest = std::max(largest, std::fabs(xr[i]));
+        }
+        step_error += std::fabs(wn[k]) * largest / 254 * 1.01;
+      }
+      const double rounding = 3.0 * steps * 0x1p-24 * Magnitude(matrix, wn, n, sr);
+      const double actual = y[row * num_outputs + n];
+      worst = std::max(worst, std::fabs(actual - exact_seen) / rounding);
+      worst = std::max(worst, std::fabs(actual - exact) / (rounding + step_error));
+    }
+  }
+  CHECK(worst <= 1.0);
+}
+
+TEST_CASE("Products agree with double precision") {
+  for (WeightType type : kAllTypes) {
+    for (CpuActivations activations : {CpuActivations::kInt8, CpuActivations::kF32}) {
+      for (int64_t rows : {1, 13}) {
+        CAPTURE(std::string(InfoOf(type).name), static_cast<int>(activations), rows);
+        CheckAgainstDouble(type, rows, activations);
+      }
+    }
+  }
+}
+
+TEST_CASE("Every instruction set agrees with double precision") {
+  for (int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    for (bool without_vnni : {false, true}) {
+      hwy::GetChosenTarget().Update(target);
+      DisableVnniForTest(without_vnni);
+      for (WeightType type : kAllTypes) {
+        for (CpuActivations activations : {CpuActivations::kInt8, CpuActivations::kF32}) {
+          CAPTURE(hwy::TargetName(target), without_vnni, std::string(InfoOf(type).name));
+          CheckAgainstDouble(type, 9, activations);
+        }
+      }
+    }
+  }
+  DisableVnniForTest(false);
+  hwy::GetChosenTarget().DeInit();
+}
+
+TEST_CASE("A row's result does not depend on the other rows or on the threads") {
+  constexpr int64_t kMaxRows = 300;
+  for (WeightType type : kAllTypes) {
+    std::mt19937 rng(11);
+    const int64_t cols = RaggedCols(type);
+    const Matrix matrix(type, 83, cols, rng);
+    std::vector<float> x = RandomActivations(kMaxRows, cols, rng);
+    for (CpuActivations activations : {CpuActivations::kInt8, CpuActivations::kF32}) {
+      std::vector<float> expected;  // row by row
+      for (int num_threads : {1, 2, 3}) {
+        ThreadPool pool(num_threads);
+        const auto weight = Pack({matrix.raw}, pool);
+        if (expected.empty()) {
+          for (int64_t row = 0; row < kMaxRows; ++row) {
+            const std::vector<float> one(x.begin() + row * cols, x.begin() + (row + 1) * cols);
+            const std::vector<float> y = Multiply(*weight, one, 1, activations, pool);
+            expected.insert(expected.end(), y.begin(), y.end());
+          }
+        }
+        for (int64_t rows : {1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 100, 300}) {
+          const std::vector<float> some(x.begin(), x.begin() + rows * cols);
+          const std::vector<float> y = Multiply(*weight, some, rows, activations, pool);
+          CAPTURE(std::string(InfoOf(type).name), static_cast<int>(activations), num_threads, rows);
+          CHECK(std::memcmp(y.data(), expected.data(), y.size() * sizeof(float)) == 0);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("Bias, residual, strides and several outputs") {
+  std::mt19937 rng(13);
+  const int64_t rows = 10;
+  const int64_t cols = 512;
+  ThreadPool pool(2);
+  // Different types beside each other: Q and K quantised, V in fp32.
+  const Matrix matrices[] = {Matrix(WeightType::kQ4_K, 40, cols, rng),
+                             Matrix(WeightType::kQ8_0, 16, cols, rng),
+                             Matrix(WeightType::kF32, 5, cols, rng)};
+  const std::vector<float> x = RandomActivations(rows, cols, rng);
+  const std::vector<float> bias = RandomActivations(1, 40, rng);
+
+  // x and y are columns of wider matrices; what lies beside them must stay.
+  const int64_t x_stride = cols + 3;
+  const int64_t y_stride = 70;
+  std::vector<float> wide_x(rows * x_stride, NAN);
+  for (int64_t row = 0; row < rows; ++row) {
+    std::copy_n(x.data() + row * cols, cols, wide_x.data() + row * x_stride + 2);
+  }
+  const std::vector<float> before = RandomActivations(rows, y_stride, rng);
+  std::vector<float> wide_y = before;
+  GemmParams params;
+  params.x = View(wide_x, rows, x_stride).Columns(2, cols);
+  params.num_outputs = 3;
+  std::vector<std::unique_ptr<Weight>> weights;
+  std::vector<std::vector<float>> plain;
+  const int64_t first_col[] = {1, 44, 62};
+  for (int i = 0; i < 3; ++i) {
+    weights.push_back(Pack({matrices[i].raw}, pool));
+    plain.push_back(Multiply(*weights[i], x, rows, CpuActivations::kInt8, pool));
+    GemmOutput& output = params.outputs[i];
+    output.weight = weights[i].get();
+    output.y = View(wide_y, rows, y_stride).Columns(first_col[i], weights[i]->rows());
+    output.bias = i == 1 ? nullptr : bias.data();
+    output.accumulate = i != 2;
+  }
+  Scratch scratch;
+  Gemm(params, CpuActivations::kInt8, pool, scratch);
+
+  std::vector<float> expected = before;
+  for (int i = 0; i < 3; ++i) {
+    const int64_t num_outputs = weights[i]->rows();
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t n = 0; n < num_outputs; ++n) {
+        float value = plain[i][row * num_outputs + n];
+        if (params.outputs[i].bias != nullptr) value += bias[n];
+        float& y = expected[row * y_stride + first_col[i] + n];
+        y = params.outputs[i].accumulate ? y + value : value;
+      }
+    }
+  }
+  CHECK(wide_y == expected);
+}
+
+TEST_CASE("Stacked parts equal their separate products") {
+  std::mt19937 rng(17);
+  ThreadPool pool(2);
+  for (WeightType type : kAllTypes) {
+    CAPTURE(std::string(InfoOf(type).name));
+    const int64_t cols = RaggedCols(type);
+    const Matrix a(type, 21, cols, rng);
+    const Matrix b(type, 7, cols, rng);
+    const auto stacked = Pack({a.raw, b.raw, a.raw}, pool);
+    CHECK(stacked->type() == type);
+    CHECK(stacked->rows() == 49);
+    CHECK(stacked->cols() == cols);
+    const std::vector<float> x = RandomActivations(1, cols, rng);
+    std::vector<float> expected = Multiply(*Pack({a.raw}, pool), x, 1, CpuActivations::kInt8, pool);
+    const std::vector<float> first = expected;
+    const auto second = Multiply(*Pack({b.raw}, pool), x, 1, CpuActivations::kInt8, pool);
+    expected.insert(expected.end(), second.begin(), second.end());
+    expected.insert(expected.end(), first.begin(), first.end());
+    CHECK(Multiply(*stacked, x, 1, CpuActivations::kInt8, pool) == expected);
+  }
+}
+
+TEST_CASE("Packed weights keep the precision and about the size of the file") {
+  std::mt19937 rng(19);
+  ThreadPool pool(1);
+  for (WeightType type : kAllTypes) {
+    CAPTURE(std::string(InfoOf(type).name));
+    const Matrix matrix(type, 64, 1024, rng);
+    const auto weight = Pack({matrix.raw}, pool);
+    // K-quants' 6-bit sub-scales become bytes.
+    CHECK(weight->bytes() <= static_cast<int64_t>(matrix.bytes.size()) * 1.12 + 64);
+  }
+}
+
+TEST_CASE("Embed returns the rows that DequantizeRow returns") {
+  std::mt19937 rng(23);
+  ThreadPool pool(2);
+  for (WeightType type : kAllTypes) {
+    CAPTURE(std::string(InfoOf(type).name));
+    const int64_t cols = RaggedCols(type);
+    const Matrix matrix(type, 50, cols, rng);
+    const auto table = Pack({matrix.raw}, pool);
+    std::vector<int32_t> tokens = {0, 49, 15, 16, 17, 31, 32, 7, 7, 48, 1};
+    const auto num_tokens = static_cast<int64_t>(tokens.size());
+    std::vector<float> out(num_tokens * (cols + 1), -1);
+    Embed({table.get(), tokens.data(), View(out, num_tokens, cols + 1).Columns(0, cols)}, pool);
+    std::vector<float> row(cols);
+    for (int64_t i = 0; i < num_tokens; ++i) {
+      DequantizeRow(matrix.raw, tokens[i], row.data());
+      const float* actual = out.data() + i * (cols + 1);
+      CHECK(std::equal(row.begin(), row.end(), actual));
+      CHECK(actual[cols] == -1);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gloam::cpu
