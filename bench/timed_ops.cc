@@ -1,0 +1,85 @@
+#include "bench/timed_ops.h"
+
+#include <algorithm>
+#include <chrono>
+#include <iterator>
+#include <utility>
+#include <vector>
+
+#include "fmt/format.h"
+
+namespace gloam {
+
+template <typename Call>
+TimedOps::Entry& TimedOps::Time(const std::string& name, const Call& call) {
+  const auto begin = std::chrono::steady_clock::now();
+  call();
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
+  Entry& entry = entries_[name];
+  ++entry.calls;
+  entry.seconds += elapsed.count();
+  return entry;
+}
+
+void TimedOps::Embed(const EmbedParams& params) {
+  Time("Embed", [&] { ops_.Embed(params); });
+}
+void TimedOps::RmsNorm(const RmsNormParams& params) {
+  Time("RmsNorm", [&] { ops_.RmsNorm(params); });
+}
+void TimedOps::SiluMul(const SiluMulParams& params) {
+  Time("SiluMul", [&] { ops_.SiluMul(params); });
+}
+void TimedOps::GatherRows(const GatherRowsParams& params) {
+  Time("GatherRows", [&] { ops_.GatherRows(params); });
+}
+void TimedOps::RopeAppendKv(const RopeKvParams& params) {
+  Time("RopeAppendKv", [&] { ops_.RopeAppendKv(params); });
+}
+void TimedOps::Attention(const AttentionParams& params) {
+  Time("Attention", [&] { ops_.Attention(params); });
+}
+void TimedOps::Sample(const SampleParams& params) {
+  Time("Sample", [&] { ops_.Sample(params); });
+}
+void TimedOps::Score(const ScoreParams& params) {
+  Time("Score", [&] { ops_.Score(params); });
+}
+
+void TimedOps::Gemm(const GemmParams& params) {
+  std::string name = "Gemm";
+  double flops = 0, weight_bytes = 0;
+  for (int i = 0; i < params.num_outputs; ++i) {
+    const Weight& weight = *params.outputs[i].weight;
+    name += fmt::format("{}{}x{} {}", i == 0 ? " " : " + ", weight.rows(), weight.cols(),
+                        InfoOf(weight.type()).name);
+    flops += 2.0 * static_cast<double>(params.x.shape[0] * weight.rows() * weight.cols());
+    weight_bytes += static_cast<double>(weight.bytes());
+  }
+  Entry& entry = Time(name, [&] { ops_.Gemm(params); });
+  entry.flops += flops;
+  entry.weight_bytes += weight_bytes;
+}
+
+std::string TimedOps::Report() const {
+  std::vector<std::pair<std::string, Entry>> rows(entries_.begin(), entries_.end());
+  std::sort(rows.begin(), rows.end(),
+            [](const auto& a, const auto& b) { return a.second.seconds > b.second.seconds; });
+  double total = 0;
+  for (const auto& [name, entry] : rows) total += entry.seconds;
+  std::string report = fmt::format("  {:<44} {:>6} {:>10} {:>7} {:>8} {:>7}\n", "operation",
+                                   "calls", "ms/call", "share", "GFLOP/s", "GB/s");
+  for (const auto& [name, entry] : rows) {
+    fmt::format_to(std::back_inserter(report), "  {:<44} {:>6} {:>10.4f} {:>6.1f}%", name,
+                   entry.calls, 1e3 * entry.seconds / static_cast<double>(entry.calls),
+                   100 * entry.seconds / total);
+    if (entry.flops > 0) {
+      fmt::format_to(std::back_inserter(report), " {:>8.1f} {:>7.2f}",
+                     entry.flops / entry.seconds / 1e9, entry.weight_bytes / entry.seconds / 1e9);
+    }
+    report += '\n';
+  }
+  return report;
+}
+
+}  // namespace gloam

@@ -1,0 +1,55 @@
+// TimedOps: an Ops that passes every call on and keeps the time per operation, for benches. Matrix
+// products are told apart by the shape of their weights.
+#pragma once
+
+#include <map>
+#include <string>
+
+#include "kernels/ops.h"
+
+namespace gloam {
+
+class TimedOps final : public Ops {
+ public:
+  struct Entry {
+    int64_t calls = 0;
+    double seconds = 0;
+    double flops = 0;         // of matrix products, else 0
+    double weight_bytes = 0;  // read by matrix products, else 0
+  };
+
+  explicit TimedOps(Ops& ops) : ops_(ops) {}
+
+  const std::map<std::string, Entry>& entries() const { return entries_; }
+  void Clear() { entries_.clear(); }
+
+  // A table of the entries, slowest first: calls, milliseconds per call, share, GFLOP/s, GB/s.
+  std::string Report() const;
+
+  Device device() const override { return ops_.device(); }
+  DType activation_dtype() const override { return ops_.activation_dtype(); }
+  StatusOr<Buffer> Allocate(size_t bytes) override { return ops_.Allocate(bytes); }
+  StatusOr<std::unique_ptr<Weight>> LoadWeight(std::span<const RawWeight> parts) override {
+    return ops_.LoadWeight(parts);
+  }
+
+  void Embed(const EmbedParams& params) override;
+  void RmsNorm(const RmsNormParams& params) override;
+  void SiluMul(const SiluMulParams& params) override;
+  void GatherRows(const GatherRowsParams& params) override;
+  void Gemm(const GemmParams& params) override;
+  void RopeAppendKv(const RopeKvParams& params) override;
+  void Attention(const AttentionParams& params) override;
+  void Sample(const SampleParams& params) override;
+  void Score(const ScoreParams& params) override;
+
+ private:
+  // Runs `call` and adds its time to the entry `name`, which it returns.
+  template <typename Call>
+  Entry& Time(const std::string& name, const Call& call);
+
+  Ops& ops_;
+  std::map<std::string, Entry> entries_;
+};
+
+}  // namespace gloam

@@ -1,0 +1,64 @@
+// The chain of trust's first link: catalogue models against `transformers` in fp32, on text, code,
+// many scripts, chats and 2k-token inputs. The bounds are those that the project promises.
+#include "tests/models/fidelity.h"
+
+#include <cmath>
+#include <filesystem>
+#include <string>
+
+#include "catch2/catch.hpp"
+#include "tests/models/catalogue_model.h"
+
+namespace gloam {
+namespace {
+
+struct Mode {
+  CpuActivations activations;
+  DType kv_dtype;
+  double max_mean_difference;  // of the log-probability of the next token
+  double max_nll_difference;
+  // The reference's margin above which the most likely token must be the same.
+  double noise;
+};
+
+constexpr Mode kExact = {CpuActivations::kF32, DType::kF32, 0.003, 0.003, 0.01};
+constexpr Mode kFast = {CpuActivations::kInt8, DType::kBF16, 0.07, 0.02, 1.0};
+
+void CheckFidelity(const std::string& name, const Mode& mode) {
+  const std::filesystem::path path = CatalogueModelPath(name);
+  if (!std::filesystem::exists(path)) {
+    WARN("skipped: no " << path << "; fetch it with: gloam pull " << name);
+    return;
+  }
+  const auto prompts = ReadLogitGoldens("tests/goldens/logits_" + name + ".json");
+  INFO(prompts.status());
+  REQUIRE(prompts.ok());
+  REQUIRE(prompts->size() >= 40);
+
+  const auto ops = MakeCpuOps({.activations = mode.activations});
+  const auto loaded = LoadModel(path, *ops, {});
+  INFO(loaded.status());
+  REQUIRE(loaded.ok());
+  FidelityStats total;
+  for (const FidelityStats& stats :
+       MeasureFidelity(*loaded->model, *ops, mode.kv_dtype, *prompts, mode.noise)) {
+    total.Add(stats);
+  }
+  CAPTURE(total.num_rows, total.max_difference, total.num_clear, total.max_margin_lost);
+  CHECK(total.num_rows > 1000);
+  CHECK(total.mean_difference() <= mode.max_mean_difference);
+  CHECK(std::abs(total.nll_difference()) <= mode.max_nll_difference);
+  CHECK(total.num_disagree == 0);
+}
+
+TEST_CASE("SmolLM2 with fp32 activations") { CheckFidelity("smollm2-135m-instruct", kExact); }
+TEST_CASE("SmolLM2 in the default mode") { CheckFidelity("smollm2-135m-instruct", kFast); }
+TEST_CASE("Qwen2.5-Coder with fp32 activations") {
+  CheckFidelity("qwen2.5-coder-0.5b-instruct", kExact);
+}
+TEST_CASE("Qwen2.5-Coder in the default mode") {
+  CheckFidelity("qwen2.5-coder-0.5b-instruct", kFast);
+}
+
+}  // namespace
+}  // namespace gloam
