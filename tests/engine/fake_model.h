@@ -1,0 +1,230 @@
+// A model, backend and tokenizer for engine tests. The model stores token ids in the KV cache
+// through slot_mapping and predicts from the whole history as it reads it back through the block
+// table, so that any mistake with blocks changes the output.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "base/check.h"
+#include "models/model.h"
+
+namespace gloam::testing {
+
+inline uint64_t Hash(uint64_t state, uint64_t value) {
+  uint64_t x = state * 0x9e3779b97f4a7c15 + value + 1;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+// Sampling as the engine relies on it: greedy takes the largest logit, otherwise the token is a
+// function of logits, seed and draw_index. The model's operations are not there.
+class FakeOps : public Ops {
+ public:
+  Device device() const override { return Device::kCpu; }
+  DType activation_dtype() const override { return DType::kF32; }
+  StatusOr<Buffer> Allocate(size_t bytes) override {
+    num_bytes_allocated += bytes;
+    return Buffer(std::calloc(std::max<size_t>(bytes, 1), 1), bytes,
+                  [](void* data, size_t) { std::free(data); });
+  }
+  StatusOr<std::unique_ptr<Weight>> LoadWeight(std::span<const RawWeight>) override {
+    return Unimplemented("the fake backend has no weights");
+  }
+  void Embed(const EmbedParams&) override { Unreachable(); }
+  void RmsNorm(const RmsNormParams&) override { Unreachable(); }
+  void SiluMul(const SiluMulParams&) override { Unreachable(); }
+  void GatherRows(const GatherRowsParams&) override { Unreachable(); }
+  void Gemm(const GemmParams&) override { Unreachable(); }
+  void RopeAppendKv(const RopeKvParams&) override { Unreachable(); }
+  void Attention(const AttentionParams&) override { Unreachable(); }
+
+  void Sample(const SampleParams& params) override {
+    const int64_t vocab_size = params.logits.shape[1];
+    for (size_t i = 0; i < params.rows.size(); ++i) {
+      const SampleRow& row = params.rows[i];
+      float* logits = params.logits.Rows(static_cast<int64_t>(i), 1).Data<float>();
+      for (const auto& [token, bias] : row.logit_bias) logits[token] += bias;
+      for (const auto& [token, count] : row.output_counts) {
+        logits[token] -= row.presence_penalty + row.frequency_penalty * static_cast<float>(count);
+      }
+      for (int32_t token : row.banned_tokens) logits[token] = -1e9f;
+      auto best = static_cast<int32_t>(std::max_element(logits, logits + vocab_size) - logits);
+      if (row.temperature > 0) {
+        uint64_t hash = Hash(Hash(row.seed, row.draw_index), static_cast<uint64_t>(best));
+        do {
+          hash = Hash(hash, 1);
+          best = static_cast<int32_t>(hash % static_cast<uint64_t>(vocab_size));
+        } while (logits[best] <= -1e9f);
+      }
+      SampleResult& result = params.results[i];
+      GLOAM_CHECK(result.top.empty());
+      result.token = best;
+      if (row.num_logprobs >= 0) FillLogprobs(logits, best, row.num_logprobs, &result);
+    }
+  }
+
+  void Score(const ScoreParams& params) override {
+    for (size_t i = 0; i < params.tokens.size(); ++i) {
+      params.results[i].token = params.tokens[i];
+      FillLogprobs(params.logits.Rows(static_cast<int64_t>(i), 1).Data<float>(), params.tokens[i],
+                   params.num_logprobs, &params.results[i]);
+    }
+  }
+
+  size_t num_bytes_allocated = 0;
+
+ private:
+  static void FillLogprobs(const float* logits, int32_t token, int num_top, SampleResult* result) {
+    result->logprob = {.token = token, .logprob = logits[token], .rank = 1};
+    for (int i = 0; i < num_top; ++i) result->top.push_back({.token = i, .logprob = logits[i]});
+  }
+  [[noreturn]] static void Unreachable() { std::abort(); }
+};
+
+class FakeModel : public Model {
+ public:
+  static constexpr int kVocabSize = 64;
+  static constexpr int kNumLayers = 2;
+
+  FakeModel() {
+    config_.architecture = "fake";
+    config_.num_layers = kNumLayers;
+    config_.num_heads = 1;
+    config_.num_kv_heads = 1;
+    config_.head_dim = 2;  // the token and its position
+    config_.vocab_size = kVocabSize;
+    config_.max_position = 1024;
+  }
+
+  const ModelConfig& config() const override { return config_; }
+  int64_t weight_bytes() const override { return 0; }
+
+  Status Reserve(int max_tokens, int max_logit_rows) override {
+    max_tokens_ = max_tokens;
+    logits_.resize(static_cast<size_t>(max_logit_rows) * kVocabSize);
+    return OkStatus();
+  }
+
+  TensorView Forward(const ForwardBatch& batch) override {
+    if (on_forward) on_forward(batch);
+    const SequenceBatch& seqs = batch.seqs;
+    GLOAM_CHECK(seqs.num_tokens >= 1 && seqs.num_tokens <= max_tokens_);
+    GLOAM_CHECK(seqs.cu_seqlens[0] == 0 && seqs.cu_seqlens[seqs.num_seqs] == seqs.num_tokens);
+    for (int i = 0; i < seqs.num_tokens; ++i) {
+      for (const KvLayerView& layer : batch.kv) {
+        float* keys = layer.Keys<float>(seqs.slot_mapping[i] / kBlockTokens, 0) +
+                      seqs.slot_mapping[i] % kBlockTokens * 2;
+        keys[0] = static_cast<float>(batch.token_ids[i]);
+        keys[1] = static_cast<float>(seqs.positions[i]);
+      }
+    }
+    for (int row = 0; row < batch.num_logit_rows; ++row) {
+      FillLogits(ReadHistory(batch, batch.logit_rows[row]),
+                 logits_.data() + static_cast<size_t>(row) * kVocabSize);
+    }
+    return TensorView::Contiguous(logits_.data(), DType::kF32, Device::kCpu,
+                                  {batch.num_logit_rows, kVocabSize});
+  }
+
+  // Called at the start of each pass, on the thread that steps; may throw.
+  std::function<void(const ForwardBatch&)> on_forward;
+  // The most likely token after a history; without it, one drawn from a hash of the history.
+  std::function<int32_t(std::span<const int32_t>)> next_token;
+
+ private:
+  // The tokens up to and including `token`, an index into the batch.
+  const std::vector<int32_t>& ReadHistory(const ForwardBatch& batch, int token) {
+    const SequenceBatch& seqs = batch.seqs;
+    int seq = 0;
+    while (seqs.cu_seqlens[seq + 1] <= token) ++seq;
+    const int num_after = seqs.cu_seqlens[seq + 1] - 1 - token;
+    GLOAM_CHECK(seqs.positions[token] == seqs.context_lens[seq] - 1 - num_after);
+    const int32_t* table = seqs.block_tables + int64_t{seq} * seqs.max_blocks_per_seq;
+    history_.clear();
+    for (int p = 0; p <= seqs.positions[token]; ++p) {
+      const int layer = p % kNumLayers;
+      const float* keys =
+          batch.kv[layer].Keys<float>(table[p / kBlockTokens], 0) + p % kBlockTokens * 2;
+      GLOAM_CHECK(keys[1] == static_cast<float>(p));
+      history_.push_back(static_cast<int32_t>(keys[0]));
+    }
+    return history_;
+  }
+
+  void FillLogits(const std::vector<int32_t>& history, float* logits) const {
+    uint64_t hash = 0;
+    for (int32_t token : history) hash = Hash(hash, static_cast<uint64_t>(token));
+    for (int i = 0; i < kVocabSize; ++i) {
+      logits[i] = static_cast<float>(Hash(hash, static_cast<uint64_t>(i)) >> 44) * 1e-6f;
+    }
+    if (next_token) logits[next_token(history)] = 100.0f;
+  }
+
+  ModelConfig config_;
+  int max_tokens_ = 0;
+  std::vector<float> logits_;
+  std::vector<int32_t> history_;
+};
+
+// Token 0 ends an answer; 1 to 26 are letters, 27 a space, 28 and 29 the two bytes of "é", and the
+// rest "<i>".
+class FakeTokenizer : public Tokenizer {
+ public:
+  static constexpr int32_t kEos = 0;
+
+  FakeTokenizer() {
+    for (int i = 0; i < FakeModel::kVocabSize; ++i) {
+      if (i == kEos) {
+        pieces_.push_back("<eos>");
+      } else if (i <= 26) {
+        pieces_.push_back(std::string(1, static_cast<char>('a' + i - 1)));
+      } else if (i == 27) {
+        pieces_.push_back(" ");
+      } else if (i <= 29) {
+        pieces_.push_back(i == 28 ? "\xC3" : "\xA9");
+      } else {
+        pieces_.push_back("<" + std::to_string(i) + ">");
+      }
+    }
+  }
+
+  int vocab_size() const override { return FakeModel::kVocabSize; }
+  StatusOr<std::vector<int32_t>> Encode(std::span<const TextPart> parts, bool) const override {
+    std::vector<int32_t> ids;
+    for (const TextPart& part : parts) {
+      for (char c : part.text) ids.push_back(c == ' ' ? 27 : c - 'a' + 1);
+    }
+    return ids;
+  }
+  std::string_view TokenBytes(int32_t id, bool skip_special) const override {
+    GLOAM_CHECK(id >= 0 && id < vocab_size());
+    return skip_special && IsSpecial(id) ? std::string_view() : pieces_[id];
+  }
+  bool strips_leading_space() const override { return false; }
+  bool IsSpecial(int32_t id) const override { return id == kEos; }
+  std::optional<int32_t> FindToken(std::string_view) const override { return std::nullopt; }
+  std::optional<int32_t> bos_id() const override { return std::nullopt; }
+  std::span<const int32_t> eos_ids() const override { return eos_ids_; }
+
+ private:
+  std::vector<std::string> pieces_;
+  std::vector<int32_t> eos_ids_ = {kEos};
+};
+
+// Token ids of a text of letters and spaces.
+inline std::vector<int32_t> Tokens(std::string_view text) {
+  return FakeTokenizer().Encode(std::vector<TextPart>{{.text = text}}, false).value();
+}
+
+}  // namespace gloam::testing
