@@ -217,9 +217,6 @@ class ChatEncoder final : public EncoderBase {
 
   std::optional<grpc::ByteBuffer> Chunk(const RunningGeneration::Batch& batch) override {
     v1::ChatCompletionChunk message;
-    for (const auto& [prompt, logprobs] : batch.prompt_logprobs) {
-      PromptToWire(logprobs, message.mutable_prompt_logprobs());
-    }
     for (const OutputDelta& delta : batch.deltas) {
       v1::ChatChunkChoice* choice = message.add_choices();
       choice->set_index(delta.index);
@@ -232,7 +229,7 @@ class ChatEncoder final : public EncoderBase {
     }
     if (UsageIsDue(batch)) {
       gloam::ToWire(running_.summary(), message.mutable_usage());
-    } else if (message.choices().empty() && message.prompt_logprobs().empty()) {
+    } else if (message.choices().empty()) {
       return std::nullopt;
     }
     SetHeader(&message);
