@@ -100,7 +100,7 @@ void ApplyRowChanges(const SampleRow& row, Row x, std::vector<uint64_t>& seen) {
 
 // ---- candidates
 
-// Appends every token whose logit is at least `threshold` and above -infinity, in ascending order.
+// Finds every token whose logit is at least `threshold`, in ascending order of ids.
 void GatherAtLeast(Row x, float threshold, const std::vector<float>& maxima,
                    std::vector<Candidate>& candidates) {
   candidates.clear();
@@ -109,8 +109,7 @@ void GatherAtLeast(Row x, float threshold, const std::vector<float>& maxima,
     const int64_t end = std::min(begin + kScanChunk, x.vocab_size);
     for (int64_t token = begin; token < end; ++token) {
       const float logit = CleanLogit(x.logits[token]);
-      if (logit < threshold || logit == kMinusInfinity) continue;
-      candidates.push_back({static_cast<int32_t>(token), logit, 0});
+      if (logit >= threshold) candidates.push_back({static_cast<int32_t>(token), logit, 0});
     }
   }
 }

@@ -26,15 +26,15 @@ int64_t ArgMaxTarget(const float* logits, int64_t vocab_size) {
   const DF d;
   const hn::RebindToSigned<DF> di;
   const int64_t lanes = hn::Lanes(d);
-  // Each lane keeps the first of its largest; a NaN is never larger.
+  // Each lane keeps the first of its largest.
   VF best = hn::Set(d, kMinusInfinity);
   auto best_at = hn::Zero(di);
   auto at = hn::Iota(di, 0);
   const auto step = hn::Set(di, static_cast<int32_t>(lanes));
   int64_t i = 0;
   for (; i + lanes <= vocab_size; i += lanes) {
-    const VF x = hn::Min(hn::Set(d, FLT_MAX), hn::LoadU(d, logits + i));
-    const auto larger = hn::And(hn::Gt(x, best), hn::Eq(x, x));
+    const VF x = LoadClean(logits + i);
+    const auto larger = hn::Gt(x, best);
     best = hn::IfThenElse(larger, x, best);
     best_at = hn::IfThenElse(hn::RebindMask(di, larger), at, best_at);
     at = hn::Add(at, step);
