@@ -43,8 +43,8 @@ Status ClientError(int exit_code, const CatalogSource::Part& part, const fs::pat
     return ResourceExhausted("the disk is full: {}", LastWords(log));
   }
   if (LogHas(log, "No matching distribution found")) {
-    return NotFound("the package index has no {} {}: {}", part.package, part.version,
-                    LastWords(log));
+    return NotFound("the package index has no {} {}, or cannot be reached: {}", part.package,
+                    part.version, LastWords(log));
   }
   return Unavailable("{} could not fetch {} {} (exit code {}): {}", client, part.package,
                      part.version, exit_code, LastWords(log));

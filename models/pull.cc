@@ -124,8 +124,8 @@ class Pull {
   Status Fetch(int i) const {
     int64_t before = 0;
     for (int j = 0; j < i; ++j) before += part(j).bytes;
-    Report(PullProgress::Stage::kDownload, i, before);
     if (!IsFetched(i)) {
+      Report(PullProgress::Stage::kDownload, i, before);
       const fs::path folder = staging_ / "download";
       std::error_code error;
       fs::remove_all(folder, error);

@@ -71,6 +71,7 @@ void PullPrinter::ShowBar(const PullProgress& progress) {
 void PullPrinter::ShowLine(const PullProgress& progress) {
   const int tenth = static_cast<int>(ShareOf(progress) * 10);
   if (tenth <= last_tenth_) return;
+  if (stage_ == PullProgress::Stage::kCheck && tenth < 10) return;  // takes seconds: one line
   last_tenth_ = tenth;
   out_ << fmt::format("{} {:3.0f}%: {:.1f} of {:.1f} MB{}{}", NameOf(stage_),
                       100 * ShareOf(progress), Megabytes(progress.bytes_done),
