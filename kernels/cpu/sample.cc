@@ -151,7 +151,7 @@ void KeepTopMass(double mass, Buffers& buffers) {
     const auto middle = begin + (end - begin) / 2;
     std::nth_element(begin, middle - 1, end, Before);
     double half = 0;
-    for (auto it = begin; it != middle; ++it) half += static_cast<double>(it->weight);
+    for (auto it = begin; it != middle; ++it) half += double{it->weight};
     if (half >= mass) {
       end = middle;
     } else {
@@ -167,13 +167,13 @@ void KeepTopMass(double mass, Buffers& buffers) {
 // Inverse of the cumulative distribution over the candidates in ascending order of ids.
 int32_t DrawCandidate(const std::vector<Candidate>& candidates, double uniform) {
   double total = 0;
-  for (const Candidate& c : candidates) total += static_cast<double>(c.weight);
+  for (const Candidate& c : candidates) total += double{c.weight};
   double left = uniform * total;
   int32_t token = candidates.front().token;
   for (const Candidate& c : candidates) {
     if (c.weight == 0) continue;
     token = c.token;
-    left -= static_cast<double>(c.weight);
+    left -= double{c.weight};
     if (left < 0) break;
   }
   return token;
@@ -189,8 +189,8 @@ int32_t DrawFromAll(Row x, float max, float inverse_temperature, double uniform,
   for (int64_t i = 0; i < num_chunks; ++i) {
     if (buffers.sums[i] == 0) continue;
     chunk = i;
-    if (left < static_cast<double>(buffers.sums[i])) break;
-    left -= static_cast<double>(buffers.sums[i]);
+    if (left < double{buffers.sums[i]}) break;
+    left -= double{buffers.sums[i]};
   }
   const int64_t begin = chunk * kScanChunk;
   const int64_t end = std::min(begin + kScanChunk, x.vocab_size);
@@ -201,7 +201,17 @@ int32_t DrawFromAll(Row x, float max, float inverse_temperature, double uniform,
     if (logit == kMinusInfinity) continue;
     buffers.candidates.push_back({static_cast<int32_t>(token), logit, weight});
   }
-  return DrawCandidate(buffers.candidates, left / static_cast<double>(buffers.sums[chunk]));
+  return DrawCandidate(buffers.candidates, left / double{buffers.sums[chunk]});
+}
+
+// Sets the candidates' weights and returns their sum.
+double Weigh(float max, float inverse_temperature, std::vector<Candidate>& candidates) {
+  double total = 0;
+  for (Candidate& c : candidates) {
+    c.weight = std::exp((c.logit - max) * inverse_temperature);
+    total += double{c.weight};
+  }
+  return total;
 }
 
 int32_t Draw(const SampleRow& row, Row x, Buffers& buffers) {
@@ -219,27 +229,32 @@ int32_t Draw(const SampleRow& row, Row x, Buffers& buffers) {
   }
 
   std::vector<Candidate>& candidates = buffers.candidates;
-  double total = 0;
+  const auto gather_within = [&](double distance) {  // of the maximum, in units of the temperature
+    const double threshold = double{max} - distance / double{inverse_temperature};
+    GatherAtLeast(x, std::min(static_cast<float>(threshold), max), buffers.maxima, candidates);
+    return Weigh(max, inverse_temperature, candidates);
+  };
   if (by_count) {
     GatherTop(x, row.top_k, buffers);
-  } else {
-    // Tokens below this weight, all together, cannot reach the mass that top_p leaves out, or miss
-    // min_p; the slack covers the rounding of the threshold.
-    double smallest = static_cast<double>(row.min_p);
-    if (by_mass) {
-      total = ChunkExpSums(x.logits, x.vocab_size, max, inverse_temperature, buffers.sums.data());
-      smallest = (1.0 - static_cast<double>(row.top_p)) * total / static_cast<double>(x.vocab_size);
+    const double total = Weigh(max, inverse_temperature, candidates);
+    if (by_mass) KeepTopMass(double{row.top_p} * total, buffers);
+  } else if (by_mass) {
+    const double total =
+        ChunkExpSums(x.logits, x.vocab_size, max, inverse_temperature, buffers.sums.data());
+    const double mass = double{row.top_p} * total;
+    // Tokens farther from the maximum than this, all together, cannot reach the mass that top_p
+    // leaves out. The set mostly ends much closer to it.
+    const double left_out = (1.0 - double{row.top_p}) * total / static_cast<double>(x.vocab_size);
+    const double farthest = 0.01 - std::log(left_out);
+    double distance = 2;
+    while (gather_within(std::min(distance, farthest)) < mass && distance < farthest) {
+      distance *= 1.5;
     }
-    const double distance = std::log(smallest * 0.999) / static_cast<double>(inverse_temperature);
-    const float threshold = static_cast<float>(static_cast<double>(max) + distance);
-    GatherAtLeast(x, std::min(threshold, max), buffers.maxima, candidates);
+    KeepTopMass(mass, buffers);
+  } else {
+    // A little farther than min_p says: the weights decide.
+    gather_within(0.01 - std::log(double{row.min_p}));
   }
-  double gathered = 0;
-  for (Candidate& c : candidates) {
-    c.weight = std::exp((c.logit - max) * inverse_temperature);
-    gathered += static_cast<double>(c.weight);
-  }
-  if (by_mass) KeepTopMass(static_cast<double>(row.top_p) * (by_count ? gathered : total), buffers);
   if (row.min_p > 0) {
     const float min_weight = std::min(row.min_p, 1.0f);
     std::erase_if(candidates, [&](const Candidate& c) { return c.weight < min_weight; });
@@ -258,7 +273,7 @@ void AddLogprobs(Row x, int num_logprobs, Buffers& buffers, SampleResult& result
       std::log(ChunkExpSums(x.logits, x.vocab_size, max, 1.0f, buffers.sums.data()));
   const auto logprob_of = [&](float logit) {
     if (logit == kMinusInfinity) return kMinusInfinity;
-    return static_cast<float>(static_cast<double>(logit) - static_cast<double>(max) - log_sum);
+    return static_cast<float>(double{logit} - double{max} - log_sum);
   };
   const float logit = CleanLogit(x.logits[result.token]);
   result.logprob.token = result.token;
