@@ -23,11 +23,17 @@ std::string MetadataValue(const std::string& text) {
   return value;
 }
 
-// gRPC's deadline of the call; empty when there is none.
-std::optional<Clock::time_point> DeadlineOf(const grpc::CallbackServerContext& context) {
+// The earlier of the client's deadline and the server's limit; empty when there is neither.
+std::optional<Clock::time_point> DeadlineOf(const grpc::CallbackServerContext& context,
+                                            std::chrono::milliseconds request_timeout) {
+  std::optional<Clock::time_point> result;
+  if (request_timeout.count() > 0) result = Clock::now() + request_timeout;
   const auto deadline = context.deadline();
-  if (deadline == std::chrono::system_clock::time_point::max()) return std::nullopt;
-  return Clock::now() + (deadline - std::chrono::system_clock::now());
+  if (deadline != std::chrono::system_clock::time_point::max()) {
+    const auto client = Clock::now() + (deadline - std::chrono::system_clock::now());
+    if (!result || client < *result) result = client;
+  }
+  return result;
 }
 
 }  // namespace
@@ -111,7 +117,7 @@ void GrpcCall::Begin(GrpcCallStart start) {
   std::unique_ptr<RunningGeneration> running;
   std::unique_ptr<AnswerEncoder> encoder;
   if (failure.ok()) {
-    const auto deadline = DeadlineOf(context_);
+    const auto deadline = DeadlineOf(context_, start.request_timeout);
     for (Request& request : start.prepared->requests) request.deadline = deadline;
     auto started = RunningGeneration::Start(
         start.service.engine(), *std::move(start.prepared), start.max_queued_bytes,

@@ -67,6 +67,7 @@ struct GrpcCallStart {
   StatusOr<PreparedGeneration> prepared;  // an error ends the call at once
   MakeEncoder make_encoder;
   size_t max_queued_bytes;
+  std::chrono::milliseconds request_timeout;  // 0: none
 };
 
 class GrpcCall : public std::enable_shared_from_this<GrpcCall> {

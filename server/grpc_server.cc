@@ -5,12 +5,14 @@
 #include <string_view>
 #include <utility>
 
+#include "base/logging.h"
 #include "gloam/v1/chat_completions.grpc.pb.h"
 #include "gloam/v1/completions.grpc.pb.h"
 #include "gloam/v1/models.grpc.pb.h"
 #include "gloam/v1/sparsity.grpc.pb.h"
 #include "gloam/v1/tokenizer.grpc.pb.h"
 #include "google/protobuf/stubs/logging.h"
+#include "grpc/support/log.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/grpcpp.h"
 #include "grpcpp/health_check_service_interface.h"
@@ -108,7 +110,13 @@ struct Front {
 
   GrpcCallStart StartOf(CallbackServerContext* context, StatusOr<PreparedGeneration> prepared,
                         GrpcCallStart::MakeEncoder make_encoder) {
-    return {loop, *context, service, std::move(prepared), make_encoder, options.max_queued_bytes};
+    return {loop,
+            *context,
+            service,
+            std::move(prepared),
+            make_encoder,
+            options.max_queued_bytes,
+            options.request_timeout};
   }
 
   // Handles a call that needs no engine: `answer(request, &response)` returns a Status.
@@ -270,6 +278,15 @@ class SparsityService final : public SparsityBase {
   Front& front_;
 };
 
+// gRPC's own messages (a connection that broke, an address in use) go where ours go.
+void LogForGrpc(gpr_log_func_args* line) {
+  if (line->severity == GPR_LOG_SEVERITY_ERROR) {
+    SPDLOG_WARN("gRPC: {}", EscapeForLog(line->message));
+  } else {
+    SPDLOG_DEBUG("gRPC: {}", EscapeForLog(line->message));
+  }
+}
+
 int64_t UnixSeconds() {
   return std::chrono::duration_cast<std::chrono::seconds>(
              std::chrono::system_clock::now().time_since_epoch())
@@ -309,6 +326,7 @@ StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const GrpcServerOptions&
   if (options.port < 0 || options.port > 65535) {
     return InvalidArgument("grpc-port must be between 0 and 65535, got {}", options.port);
   }
+  gpr_set_log_function(LogForGrpc);
   // Protobuf prints to stderr about every malformed request; the client is told instead.
   google::protobuf::SetLogHandler(nullptr);
   grpc::EnableDefaultHealthCheckService(true);
@@ -338,6 +356,13 @@ StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const GrpcServerOptions&
     return Unavailable("cannot listen on {} for gRPC (--host, --grpc-port)",
                        Address(options.host, options.port));
   }
+  grpc::HealthCheckServiceInterface* health = impl->server->GetHealthCheckService();
+  for (const char* name :
+       {v1::Completions::service_full_name(), v1::ChatCompletions::service_full_name(),
+        v1::Models::service_full_name(), v1::Tokenizer::service_full_name(),
+        v1::Sparsity::service_full_name()}) {
+    health->SetServingStatus(name, false);
+  }
   std::unique_ptr<GrpcServer> server(new GrpcServer(std::move(impl)));
   server->SetServing(false);
   return server;
@@ -345,14 +370,7 @@ StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const GrpcServerOptions&
 
 void GrpcServer::SetServing(bool serving) {
   impl_->front.serving = serving;
-  grpc::HealthCheckServiceInterface* health = impl_->server->GetHealthCheckService();
-  health->SetServingStatus(serving);
-  for (const char* service :
-       {v1::Completions::service_full_name(), v1::ChatCompletions::service_full_name(),
-        v1::Models::service_full_name(), v1::Tokenizer::service_full_name(),
-        v1::Sparsity::service_full_name()}) {
-    health->SetServingStatus(service, serving);
-  }
+  impl_->server->GetHealthCheckService()->SetServingStatus(serving);  // of every service it knows
 }
 
 void GrpcServer::Shutdown(std::chrono::system_clock::time_point deadline) {

@@ -16,9 +16,10 @@ namespace gloam {
 
 struct GrpcServerOptions {
   std::string host = "127.0.0.1";
-  int port = 50051;                   // 0: a free one, see GrpcServer::port()
-  std::vector<std::string> api_keys;  // empty: every call is let in
-  int max_message_bytes = 16 << 20;   // of one request
+  int port = 50051;                              // 0: a free one, see GrpcServer::port()
+  std::vector<std::string> api_keys;             // empty: every call is let in
+  int max_message_bytes = 16 << 20;              // of one request
+  std::chrono::milliseconds request_timeout{0};  // bounds every call's deadline; 0: the client's
   size_t max_queued_bytes = 4 << 20;  // output that waits for one slow reader, then CANCELLED
   std::chrono::milliseconds write_timeout{60'000};  // a stream not read for so long is CANCELLED
 };
