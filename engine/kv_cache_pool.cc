@@ -43,7 +43,7 @@ StatusOr<KvPlan> PlanKvCache(const EngineOptions& options, const ModelConfig& co
     if (options.max_model_len > 0) {
       return ResourceExhausted(
           "--max-model-len {} needs {:.1f} MiB of KV cache, but there are {:.1f} MiB: raise "
-          "--kv-cache-memory-bytes to {}, or lower --max-model-len to {}",
+          "--kv-cache-memory to {}, or lower --max-model-len to {}",
           plan.max_model_len, MiB(bytes_needed), MiB(plan.num_blocks * plan.bytes_per_block),
           bytes_needed, plan.num_tokens());
     }

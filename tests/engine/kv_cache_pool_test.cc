@@ -40,7 +40,7 @@ TEST_CASE("a context that nobody asked for is lowered; one that was is refused")
   options.max_model_len = 161;
   const std::string message = ErrorOf(options, StatusCode::kResourceExhausted);
   CHECK(message.find("--max-model-len to 160") != std::string::npos);
-  CHECK(message.find("--kv-cache-memory-bytes to 2816") != std::string::npos);
+  CHECK(message.find("--kv-cache-memory to 2816") != std::string::npos);
 }
 
 TEST_CASE("impossible options are named") {
