@@ -33,7 +33,7 @@ class Tokenizer {
   // tokens or U+FFFD as the tokenizer's family does. Errors: kResourceExhausted when a
   // pre-tokeniser's match limit is hit.
   [[nodiscard]] virtual StatusOr<std::vector<int32_t>> Encode(std::span<const TextPart> parts,
-                                                             bool add_special) const = 0;
+                                                              bool add_special) const = 0;
 
   // Bytes that a token stands for in the output text; may be part of a UTF-8 character. Empty for
   // special (control) tokens when `skip_special`. `id` in [0, vocab_size()); ids that the
