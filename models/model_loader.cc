@@ -18,9 +18,11 @@ struct Family {
 };
 
 constexpr Family kFamilies[] = {
-    {"llama", Llama::Load},  // Llama 2 and 3, TinyLlama, SmolLM2
-    {"mistral", Llama::Load}, {"qwen2", Llama::Load},
-    {"qwen3", Llama::Load},   {"smollm3", Llama::Load},
+    {"llama", Llama::Load},    // Llama 2 and 3, TinyLlama, SmolLM2
+    {"mistral", Llama::Load},  // sliding window
+    {"qwen2", Llama::Load},    // and 2.5: biases on Q, K and V
+    {"qwen3", Llama::Load},    // norm of Q and K per head
+    {"smollm3", Llama::Load},  // layers without rope
 };
 
 StatusOr<const Family*> FindFamily(const ModelFile& file) {
