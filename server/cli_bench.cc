@@ -1,0 +1,202 @@
+// `gloam bench throughput MODEL` (in this process) and `gloam bench serve URL` (over HTTP).
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <utility>
+
+#include "nlohmann/json.hpp"
+#include "server/blocking_generation.h"
+#include "server/cli.h"
+#include "server/http_client.h"
+#include "server/local_model.h"
+
+namespace gloam {
+namespace {
+
+using nlohmann::json;
+using Clock = std::chrono::steady_clock;
+
+double SecondsSince(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// The value below which `share` of the values lie; 0 without values.
+double Percentile(std::vector<double> values, double share) {
+  if (values.empty()) return 0;
+  const size_t rank = std::min(values.size() - 1, static_cast<size_t>(share * values.size()));
+  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(rank),
+                   values.end());
+  return values[rank];
+}
+
+struct StreamTimes {
+  Clock::time_point first;  // token
+  Clock::time_point last;
+  int tokens = 0;
+};
+
+// Streams of one length at a time, each with a prompt of its own; the timings of all of them.
+StatusOr<std::vector<StreamTimes>> RunStreams(LocalModel& model, int context, int concurrency,
+                                              int output_tokens, std::mt19937* random) {
+  std::vector<PreparedGeneration> prepared;
+  std::uniform_int_distribution<int64_t> token(0, model.service().tokenizer().vocab_size() - 1);
+  for (int i = 0; i < concurrency; ++i) {
+    CompletionRequest request;
+    std::vector<int64_t> prompt(context);
+    std::generate(prompt.begin(), prompt.end(), [&] { return token(*random); });
+    request.prompts.emplace_back(std::move(prompt));
+    request.params.temperature = 0;
+    request.params.max_tokens = output_tokens;
+    request.params.ignore_eos = true;
+    GLOAM_ASSIGN_OR_RETURN(prepared.emplace_back(), model.service().Prepare(request));
+  }
+  std::vector<StreamTimes> times(concurrency);
+  std::vector<Status> results(concurrency);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < concurrency; ++i) {
+    threads.emplace_back([&, i] {
+      results[i] = RunBlocking(model.engine(), std::move(prepared[i]), [&](const auto& delta) {
+                     if (times[i].tokens == 0) times[i].first = Clock::now();
+                     times[i].tokens += static_cast<int>(delta.tokens.size());
+                     times[i].last = Clock::now();
+                     return true;
+                   }).status();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const Status& result : results) GLOAM_RETURN_IF_ERROR(result);
+  return times;
+}
+
+Status MeasureRow(LocalModel& model, int context, int concurrency, int output_tokens,
+                  std::mt19937* random) {
+  const auto start = Clock::now();
+  GLOAM_ASSIGN_OR_RETURN(const auto times,
+                         RunStreams(model, context, concurrency, output_tokens, random));
+  const double total = SecondsSince(start);
+  Clock::time_point all_first = start, first = times.front().first, last = start;
+  int64_t tokens = 0;
+  for (const StreamTimes& stream : times) {
+    all_first = std::max(all_first, stream.first);
+    first = std::min(first, stream.first);
+    last = std::max(last, stream.last);
+    tokens += stream.tokens;
+  }
+  // Prefill counts until the last stream has its first token; decode from the first one's.
+  const double prefill_seconds = std::chrono::duration<double>(all_first - start).count();
+  const double decode_seconds = std::chrono::duration<double>(last - first).count();
+  fmt::print("{:>9} {:>9} {:>14.0f} {:>13.1f} {:>10.1f} {:>9.2f}\n", context, concurrency,
+             static_cast<double>(context) * concurrency / prefill_seconds,
+             static_cast<double>(tokens - concurrency) / std::max(1e-9, decode_seconds),
+             std::chrono::duration<double>(first - start).count() * 1e3, total);
+  return OkStatus();
+}
+
+// What the load's threads fill in together.
+struct LoadResult {
+  std::mutex mutex;
+  std::vector<double> first_ms;  // time to first token
+  std::vector<double> gap_ms;    // between tokens
+  int64_t tokens = 0;
+  int failed = 0;
+  Status first_failure;
+};
+
+void SendRequests(const BenchServeOptions& options, std::atomic<int>* next, LoadResult* result) {
+  std::unique_ptr<HttpClient> client;
+  for (int i; (i = next->fetch_add(1)) < options.num_requests;) {
+    json request = {{"prompt", ""},       {"stream", true},
+                    {"temperature", 0},   {"max_tokens", options.output_tokens},
+                    {"ignore_eos", true}, {"stream_options", {{"include_usage", true}}}};
+    if (!options.model.empty()) request["model"] = options.model;
+    std::string prompt = fmt::format("Request {}.", i);  // different, so that no prefix is cached
+    for (int word = 0; word < options.prompt_words; ++word) {
+      prompt += fmt::format(" word{}", (word * 7919 + i) % 1000);
+    }
+    request["prompt"] = std::move(prompt);
+
+    std::vector<double> gaps;
+    double first_ms = 0;
+    int64_t tokens = 0;
+    const auto start = Clock::now();
+    Clock::time_point previous = start;
+    Status status;
+    if (!client) {
+      auto connected = HttpClient::Connect(options.url, options.api_key);
+      if (connected.ok()) client = *std::move(connected);
+      status = connected.status();
+    }
+    if (status.ok()) {
+      status = client->PostForEvents("/v1/completions", request.dump(), [&](std::string_view data) {
+        const json event = json::parse(data, nullptr, /*allow_exceptions=*/false);
+        const auto now = Clock::now();
+        const double ms = std::chrono::duration<double, std::milli>(now - previous).count();
+        if (event.is_object() && event.contains("usage") && event["usage"].is_object()) {
+          tokens = event["usage"].value("completion_tokens", int64_t{0});
+          return;
+        }
+        previous = now;
+        first_ms == 0 ? void(first_ms = ms) : gaps.push_back(ms);
+      });
+    }
+    std::lock_guard lock(result->mutex);
+    if (!status.ok()) {
+      ++result->failed;
+      if (result->first_failure.ok()) result->first_failure = status;
+      client.reset();
+      continue;
+    }
+    result->tokens += tokens;
+    result->first_ms.push_back(first_ms);
+    result->gap_ms.insert(result->gap_ms.end(), gaps.begin(), gaps.end());
+  }
+}
+
+void ShowPercentiles(const char* name, const std::vector<double>& values) {
+  fmt::print("{:<22} p50 {:>8.1f}  p90 {:>8.1f}  p99 {:>8.1f}  max {:>8.1f} ms\n", name,
+             Percentile(values, 0.5), Percentile(values, 0.9), Percentile(values, 0.99),
+             Percentile(values, 1.0));
+}
+
+}  // namespace
+
+int RunBenchThroughput(const BenchThroughputOptions& options) {
+  auto model = LocalModel::Load(options.model);
+  if (!model.ok()) return Fail(model.status());
+  fmt::print("{}\n{:>9} {:>9} {:>14} {:>13} {:>10} {:>9}\n", (*model)->Describe(), "context",
+             "streams", "prefill tok/s", "decode tok/s", "TTFT ms", "total s");
+  std::mt19937 random(1);  // fixed prompts, different from row to row
+  for (const int context : options.context_tokens) {
+    for (const int concurrency : options.concurrency) {
+      const Status status =
+          MeasureRow(**model, context, concurrency, options.output_tokens, &random);
+      if (!status.ok()) return Fail(status);
+    }
+  }
+  return 0;
+}
+
+int RunBenchServe(const BenchServeOptions& options) {
+  LoadResult result;
+  std::atomic<int> next{0};
+  const auto start = Clock::now();
+  std::vector<std::thread> threads;
+  for (int i = 0; i < std::min(options.num_streams, options.num_requests); ++i) {
+    threads.emplace_back(SendRequests, std::cref(options), &next, &result);
+  }
+  for (std::thread& thread : threads) thread.join();
+  const double seconds = SecondsSince(start);
+  fmt::print("{} requests by {} streams in {:.2f} s, {} failed\n", options.num_requests,
+             options.num_streams, seconds, result.failed);
+  fmt::print("{:<22} {:.1f} tokens/s, {:.2f} requests/s\n", "throughput",
+             static_cast<double>(result.tokens) / seconds,
+             static_cast<double>(result.first_ms.size()) / seconds);
+  ShowPercentiles("time to first token", result.first_ms);
+  ShowPercentiles("between chunks", result.gap_ms);
+  return result.failed == 0 ? 0 : Fail(result.first_failure);
+}
+
+}  // namespace gloam
