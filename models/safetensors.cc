@@ -128,16 +128,17 @@ StatusOr<Safetensors> Safetensors::Parse(std::span<const std::byte> bytes, std::
     }
     tensor.offset = data_start + range.begin;
     tensor.data = bytes.subspan(tensor.offset, range.end - range.begin);
-    if (tensor.offset % InfoOf(tensor.type).block_bytes != 0) {
-      return Unimplemented("{}: {}: its data is not aligned to its elements (at byte {})", file,
-                           field, tensor.offset);
-    }
     covered = range.end;
     result.tensors_.push_back(std::move(tensor));
   }
   if (covered != data_bytes) {
     return InvalidArgument("{}: {} bytes follow the last tensor's data (at byte {})", file,
                            data_bytes - covered, data_start + covered);
+  }
+  for (const SafetensorsTensor& tensor : result.tensors_) {
+    if (tensor.offset % InfoOf(tensor.type).block_bytes == 0) continue;
+    return Unimplemented("{}: tensor {}: its data is not aligned to its elements (at byte {})",
+                         file, QuoteName(tensor.name), tensor.offset);
   }
   return result;
 }

@@ -108,7 +108,7 @@ TEST_CASE("GGUF metadata faults", "[gguf]") {
   CheckParseError(WithValue(7, "\2"), "key 'k': a bool must be 0 or 1");
   CheckParseError(WithValue(8, ByteWriter().Add(~0ull).Raw(filler).bytes()),
                   "key 'k': length 18446744073709551615 is beyond the end");
-  CheckParseError(Header(0, 1).String("k\n\"").Add<uint32_t>(99).Raw(filler).bytes(), "key 'k\\n");
+  CheckParseError(Header(0, 1).String("k\n\"").Add<uint32_t>(99).Raw(filler).bytes(), "x0a");
 }
 
 TEST_CASE("GGUF array faults", "[gguf]") {

@@ -196,7 +196,7 @@ TEST_CASE("Impossible GGUF models are refused by key or tensor", "[model_file]")
         out.Remove("general.architecture");
         out.String("general.architecture", "mamba\n");
       },
-      "key 'general.architecture' is 'mamba\\n'; llama, mistral");
+      "key 'general.architecture' is 'mamba\\\\x0a'; llama, mistral");
   check_change([](GgufWriter& out) { out.String("llama.rope.scaling.type", "yarn"); },
                "key 'llama.rope.scaling.type' is 'yarn'");
   check_change(
@@ -235,6 +235,7 @@ TEST_CASE("Impossible config.json files are refused by field", "[model_file]") {
     WriteFile(folder / "config.json", config.dump());
     CheckOpenError(folder, part);
   };
+  fs::remove(folder / "generation_config.json");  // its eos_token_id would hold
   check("model_type", "mixtral", "model_type is 'mixtral'; llama, mistral");
   check("model_type", nullptr, "model_type is missing");
   check("num_hidden_layers", 0, "num_hidden_layers is 0");
@@ -330,12 +331,14 @@ TEST_CASE("Bad shards, indexes and pickle files are refused", "[model_file]") {
     check(outside, "it must be a .safetensors file of this folder");
   }
   check("pytorch_model.bin", "pickle files are refused");
-  check("model-00003-of-00002.safetensors", "no such file");
   check(other, "tensor 'model.norm.weight' is not in model.safetensors.index.json's list");
   json extra = good;
   extra["weight_map"]["model.layers.7.mlp.up_proj.weight"] = other;
   WriteFile(index_path, extra.dump());
   CheckOpenError(folder, "tensor 'model.layers.7.mlp.up_proj.weight' is missing");
+  extra["weight_map"]["model.layers.7.mlp.up_proj.weight"] = "model-00000-of-00002.safetensors";
+  WriteFile(index_path, extra.dump());
+  CheckOpenError(folder, "model-00000-of-00002.safetensors: no such file");
   WriteFile(index_path, "{\"weight_map\": []}");
   CheckOpenError(folder, "weight_map must be an object");
   WriteFile(index_path, good.dump());

@@ -102,7 +102,7 @@ TEST_CASE("Safetensors tensor faults", "[safetensors]") {
                                     std::string(16, '\0')),
              "tensor 'b': its data overlaps the tensor before it");
   CheckError(
-      SafetensorsWriter::Raw(R"({"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}})", "xx"),
+      SafetensorsWriter::Raw(R"({"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}} )", "xx"),
       "not aligned");
 }
 
