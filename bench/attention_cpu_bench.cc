@@ -1,7 +1,7 @@
 // Speed of the CPU's attention in SmolLM2's shape (9 query heads, 3 KV heads of 64, bf16 cache, 30
 // layers): decode in milliseconds per token and GB/s of KV read, beside the rate at which the same
 // bytes can be read at all; prefill in GFLOP/s.
-//   attention_cpu_bench [num_threads]
+//   attention_cpu_bench [num_threads] [decode|prefill]
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -23,7 +23,7 @@ constexpr int kHeads = 9;
 constexpr int kKvHeads = 3;
 constexpr int kHeadDim = 64;
 constexpr int kLayers = 30;
-constexpr int kRepeats = 7;
+constexpr int kRepeats = 9;
 
 template <typename F>
 double BestSeconds(const F& f) {
@@ -110,10 +110,9 @@ struct Bench {
   }
 };
 
-int Main(int num_threads) {
-  constexpr int kMaxContext = 7680;
-  Bench bench(num_threads, kMaxContext);
-  fmt::print("threads {}\n", num_threads);
+constexpr int kMaxContext = 7680;
+
+void MeasureDecode(Bench& bench) {
   for (const int context : {128, 512, 1024, 4096, kMaxContext}) {
     const double bytes = 4.0 * kKvHeads * kHeadDim * context * kLayers;
     const double seconds = BestSeconds([&] { bench.Run(1, context, kLayers); });
@@ -121,6 +120,9 @@ int Main(int num_threads) {
     fmt::print("decode  context {:5}: {:7.3f} ms/token  {:6.1f} GB/s  (plain read {:6.1f} GB/s)\n",
                context, seconds * 1e3, bytes / seconds * 1e-9, bytes / read * 1e-9);
   }
+}
+
+void MeasurePrefill(Bench& bench) {
   for (const auto& [tokens, context] :
        {std::pair{128, 128}, {512, 512}, {512, kMaxContext}, {kMaxContext, kMaxContext}}) {
     const int first = context - tokens;
@@ -130,7 +132,6 @@ int Main(int num_threads) {
     fmt::print("prefill {:4} of {:5}: {:8.3f} ms/layer  {:6.1f} GFLOP/s\n", tokens, context,
                seconds * 1e3, flops / seconds * 1e-9);
   }
-  return 0;
 }
 
 }  // namespace
@@ -138,9 +139,15 @@ int Main(int num_threads) {
 
 int main(int argc, char** argv) {
   const int num_threads = argc > 1 ? std::atoi(argv[1]) : 2;
-  if (num_threads < 1 || num_threads > 64) {
-    fmt::print(stderr, "usage: attention_cpu_bench [num_threads, 1 to 64]\n");
+  const std::string what = argc > 2 ? argv[2] : "";
+  if (num_threads < 1 || num_threads > 64 ||
+      (!what.empty() && what != "decode" && what != "prefill")) {
+    fmt::print(stderr, "usage: attention_cpu_bench [num_threads, 1 to 64] [decode|prefill]\n");
     return 2;
   }
-  return gloam::cpu::Main(num_threads);
+  gloam::cpu::Bench bench(num_threads, gloam::cpu::kMaxContext);
+  fmt::print("threads {}\n", num_threads);
+  if (what != "prefill") gloam::cpu::MeasureDecode(bench);
+  if (what != "decode") gloam::cpu::MeasurePrefill(bench);
+  return 0;
 }
