@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "base/check.h"
+#include "hwy/cache_control.h"
 
 // Scalable vectors cannot be array elements, which the register tiles need.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
@@ -153,6 +154,13 @@ void ExpandScales(const QuantTraits& traits, const std::byte* in, QuantChunk& ch
   }
 }
 
+// Fetches what lies kPrefetchBytes past [data, data + bytes): the hardware's prefetchers stop at
+// page ends. May run past the weight's end, which a prefetch forgives.
+void Prefetch(const std::byte* data, int64_t bytes) {
+  constexpr int64_t kPrefetchBytes = 4096;
+  for (int64_t i = 0; i < bytes; i += 64) hwy::Prefetch(data + kPrefetchBytes + i);
+}
+
 // Unpacks the chunk that begins at run `first_run` of a panel.
 void LoadChunk(const PackedWeight& weight, const QuantTraits& traits, int64_t panel,
                int64_t first_run, QuantChunk& chunk) {
@@ -176,7 +184,10 @@ void LoadChunk(const PackedWeight& weight, const QuantTraits& traits, int64_t pa
       break;
   }
   const int64_t scale_block = traits.is_k_quant ? first_run / kRunsPerSuperBlock : first_run;
-  ExpandScales(traits, data + layout.scale_offset + scale_block * layout.scale_bytes, chunk);
+  const std::byte* scales = data + layout.scale_offset + scale_block * layout.scale_bytes;
+  Prefetch(quants, kChunkRuns * layout.run_quant_bytes);
+  Prefetch(scales, layout.scale_bytes * (traits.is_k_quant ? 1 : kChunkRuns));
+  ExpandScales(traits, scales, chunk);
 }
 
 // A chunk of a panel as fp32: out is [columns of the chunk][16].
