@@ -48,6 +48,7 @@ class PagedRunner {
 
   Model& model_;
   std::mt19937_64 random_;
+  const int num_blocks_;
   std::vector<Buffer> layers_;        // [num_layers], one layer's cache each
   std::vector<KvLayerView> views_;    // of layers_
   std::vector<int32_t> free_blocks_;  // in the order in which they will be taken, from the back
