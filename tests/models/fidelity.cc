@@ -138,7 +138,8 @@ StatusOr<std::vector<GoldenPrompt>> ReadLogitGoldens(const std::filesystem::path
   if (!file) return NotFound("{}: cannot be opened", path.string());
   std::vector<GoldenPrompt> prompts;
   try {
-    for (const nlohmann::json& prompt : nlohmann::json::parse(file).at("prompts")) {
+    const nlohmann::json goldens = nlohmann::json::parse(file);
+    for (const nlohmann::json& prompt : goldens.at("prompts")) {
       prompts.push_back(PromptFromJson(prompt));
     }
   } catch (const std::exception& e) {
