@@ -105,6 +105,8 @@ StatusOr<std::unique_ptr<GrpcServer>> StartGrpc(const ServeOptions& options,
   grpc.port = options.grpc_port;
   grpc.api_keys = options.api_keys;
   grpc.max_message_bytes = static_cast<int>(std::min<int64_t>(options.max_body_bytes, 1 << 30));
+  grpc.request_timeout = Milliseconds(options.request_timeout);
+  grpc.write_timeout = Milliseconds(options.write_timeout);
   return GrpcServer::Start(grpc, service);
 }
 

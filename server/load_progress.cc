@@ -12,11 +12,12 @@ namespace {
 
 constexpr int kBarWidth = 30;
 constexpr std::chrono::milliseconds kRedraw{50};
+constexpr std::chrono::seconds kLineInterval{2};
 
 }  // namespace
 
 LoadProgress::LoadProgress(std::string name)
-    : name_(std::move(name)), is_terminal_(isatty(STDERR_FILENO) != 0) {}
+    : name_(std::move(name)), is_terminal_(isatty(STDERR_FILENO) != 0), last_draw_(start_) {}
 
 void LoadProgress::Update(int64_t bytes_done, int64_t bytes_total) {
   if (bytes_total <= 0) return;
@@ -37,9 +38,8 @@ void LoadProgress::Update(int64_t bytes_done, int64_t bytes_total) {
     std::fflush(stderr);
     return;
   }
-  const int quarter = static_cast<int>(share * 4);
-  if (quarter == last_quarter_) return;
-  last_quarter_ = quarter;
+  if (bytes_done < bytes_total && now - last_draw_ < kLineInterval) return;
+  last_draw_ = now;
   fmt::print(stderr, "Loading {}: {:.0f} %, {}\n", name_, share * 100, facts);
 }
 

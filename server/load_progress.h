@@ -1,5 +1,5 @@
-// LoadProgress: shows the reading of weights on stderr: a bar with GB/s on a terminal, a line per
-// quarter elsewhere. One thread.
+// LoadProgress: shows the reading of weights on stderr: a bar with GB/s on a terminal, a line
+// every two seconds and at the end elsewhere. One thread.
 #pragma once
 
 #include <chrono>
@@ -20,7 +20,6 @@ class LoadProgress {
   const bool is_terminal_;
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   std::chrono::steady_clock::time_point last_draw_;
-  int last_quarter_ = -1;
   bool bar_open_ = false;
 };
 

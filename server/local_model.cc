@@ -71,6 +71,11 @@ int64_t DefaultKvCacheBytes() {
   return std::max(kMinKvCacheBytes, static_cast<int64_t>(free * kFreeMemoryShare));
 }
 
+DType KvDType(std::string_view name) {
+  if (name == "f32") return DType::kF32;
+  return name == "bf16" ? DType::kBF16 : DType::kF16;
+}
+
 }  // namespace
 
 StatusOr<std::unique_ptr<LocalModel>> LocalModel::Load(const ServeOptions& options) {
@@ -88,7 +93,7 @@ StatusOr<std::unique_ptr<LocalModel>> LocalModel::Load(const ServeOptions& optio
   cpu.activations = options.activations == "f32" ? CpuActivations::kF32 : CpuActivations::kInt8;
   local->ops_ = MakeCpuOps(cpu);
   local->activations_ = options.activations;
-  local->kv_cache_dtype_ = options.kv_cache_dtype == "auto" ? "bf16" : options.kv_cache_dtype;
+  local->kv_cache_dtype_ = options.kv_cache_dtype == "auto" ? "f16" : options.kv_cache_dtype;
 
   LoadProgress progress(name);
   LoadOptions load;
@@ -113,7 +118,7 @@ StatusOr<std::unique_ptr<LocalModel>> LocalModel::Load(const ServeOptions& optio
   engine.max_queued_requests = options.max_queued_requests;
   engine.kv_cache_bytes =
       options.kv_cache_memory > 0 ? options.kv_cache_memory : DefaultKvCacheBytes();
-  engine.kv_cache_dtype = local->kv_cache_dtype_ == "f32" ? DType::kF32 : DType::kBF16;
+  engine.kv_cache_dtype = KvDType(local->kv_cache_dtype_);
   engine.enable_prefix_caching = options.enable_prefix_caching;
   GLOAM_ASSIGN_OR_RETURN(local->engine_,
                          Engine::Create(engine, *local->ops_, std::move(loaded->model),

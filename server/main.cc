@@ -77,7 +77,7 @@ class SettingsFlags {
       const std::string names = "--" + spec.name + ",!--no-" + spec.name;
       bool_flags_[spec.name] = app->add_flag(names, bools_[spec.name], spec.help)
                                    ->group(spec.group)
-                                   ->default_str(initial);
+                                   ->option_text(fmt::format("[{}]", initial));
       return;
     }
     CLI::Option* option =

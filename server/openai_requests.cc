@@ -80,16 +80,24 @@ void RefuseStructuredOutput(JsonFields& fields) {
   }
 }
 
+// A policy's name, or {"policy": NAME} with overrides, of which the one policy so far has none.
 void ReadSparsity(JsonFields& fields) {
   const json* sparsity = fields.Find("sparsity");
   if (sparsity == nullptr) return;
   if (!sparsity->is_string() && !sparsity->is_object()) {
     return fields.FailType("sparsity", "a policy's name or an object");
   }
-  if (*sparsity != "dense") {
-    fields.Fail(InvalidField("sparsity",
-                             "sparsity must name a policy of this server: dense "
-                             "(GET /v1/sparsity/policies)"));
+  const json policy = sparsity->is_object() ? sparsity->value("policy", json("dense")) : *sparsity;
+  if (policy != "dense") {
+    return fields.Fail(InvalidField("sparsity.policy",
+                                    "sparsity must name a policy of this server: dense "
+                                    "(GET /v1/sparsity/policies)"));
+  }
+  if (!sparsity->is_object()) return;
+  for (const auto& [key, value] : sparsity->items()) {
+    if (key == "policy") continue;
+    return fields.Fail(
+        InvalidField("sparsity." + key, "the policy \"dense\" has no setting of this name"));
   }
 }
 

@@ -198,8 +198,8 @@ OptionTable::OptionTable(ServeOptions* o) {
   compute.Int("threads", &o->threads, 0, 1024, "Threads of the model's CPU work (0: one per core)");
   compute.Choice("activations", &o->activations, {"int8", "f32"},
                  "Arithmetic of the CPU backend: int8 is fast, f32 is closest to the reference");
-  compute.Choice("kv-cache-dtype", &o->kv_cache_dtype, {"auto", "bf16", "f32"},
-                 "Type of the KV cache (auto: bf16)");
+  compute.Choice("kv-cache-dtype", &o->kv_cache_dtype, {"auto", "f16", "bf16", "f32"},
+                 "Type of the KV cache (auto: f16 on the CPU)");
   compute.Bytes("kv-cache-memory", &o->kv_cache_memory,
                 "Memory of the KV cache, e.g. 2G (default: a quarter of what is free)", "auto");
 

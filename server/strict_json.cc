@@ -96,6 +96,14 @@ class StrictBuilder {
 }  // namespace
 
 StatusOr<json> ParseStrictJson(std::string_view text) {
+  // The lexer would take it for the end of the text.
+  if (text.find('\0') != text.npos) {
+    return InvalidArgument("The request body is not valid JSON: it holds a NUL character");
+  }
+  // The parser takes a NUL for the end of its input.
+  if (text.find('\0') != std::string_view::npos) {
+    return InvalidArgument("The request body is not valid JSON: it holds a NUL byte");
+  }
   StrictBuilder builder;
   if (!json::sax_parse(text.begin(), text.end(), &builder, json::input_format_t::json,
                        /*strict=*/true)) {
