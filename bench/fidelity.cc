@@ -38,11 +38,11 @@ Status Measure(const std::string& name, CpuActivations activations,
   GLOAM_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(CatalogueModelPath(name), *ops, {}));
   const auto begin = std::chrono::steady_clock::now();
   const std::vector<FidelityStats> results = MeasureFidelity(
-      *loaded.model, *ops, exact ? DType::kF32 : DType::kBF16, prompts, options.noise);
+      *loaded.model, *ops, exact ? DType::kF32 : DType::kF16, prompts, options.noise);
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
 
   fmt::print("{}, {} ({:.1f} s)\n", name,
-             exact ? "fp32 activations, fp32 KV" : "int8 activations, bf16 KV", elapsed.count());
+             exact ? "fp32 activations, fp32 KV" : "int8 activations, f16 KV", elapsed.count());
   fmt::print("  {:<22} {:>6} {:>9} {:>9} {:>9} {:>6} {:>9} {:>9}\n", "prompt", "rows", "mean |d|",
              "max |d|", "d NLL", "clear", "disagree", "margin");
   FidelityStats total;

@@ -12,5 +12,5 @@ add_library(gloam_jinja STATIC
   ${GLOAM_JINJA_DIR}/jinja/runtime.cpp
   ${GLOAM_JINJA_DIR}/jinja/string.cpp
   ${GLOAM_JINJA_DIR}/jinja/value.cpp)
-target_include_directories(gloam_jinja SYSTEM PUBLIC ${GLOAM_JINJA_DIR} PRIVATE ${GLOAM_JINJA_DIR}/jinja)
+target_include_directories(gloam_jinja SYSTEM PUBLIC ${GLOAM_JINJA_DIR})
 target_link_libraries(gloam_jinja PUBLIC nlohmann_json::nlohmann_json)

@@ -15,8 +15,8 @@ double MiB(int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 }  // namespace
 
 StatusOr<KvPlan> PlanKvCache(const EngineOptions& options, const ModelConfig& config) {
-  if (options.kv_cache_dtype != DType::kBF16 && options.kv_cache_dtype != DType::kF32) {
-    return InvalidArgument("--kv-cache-dtype: the KV cache holds bfloat16 or float32");
+  if (!IsKvDType(options.kv_cache_dtype)) {
+    return InvalidArgument("--kv-cache-dtype: the KV cache holds bf16, f16 or f32");
   }
   if (options.max_model_len < 0 || options.max_model_len > config.max_position) {
     return InvalidArgument("--max-model-len {} is not in [1, {}], the context of this model",

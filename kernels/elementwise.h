@@ -20,7 +20,7 @@ struct RmsNormParams {
   TensorView x;                   // [num_rows, dim] or [num_rows, heads, dim]
   const float* weight = nullptr;  // [dim]
   float eps = 1e-5f;
-  TensorView out;                 // same shape as x
+  TensorView out;  // same shape as x
 };
 
 // out = silu(gate) * up. In place (out == gate) is allowed.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 
 namespace gloam {
@@ -17,6 +18,21 @@ inline float F16ToF32(uint16_t half) {
   }
   const uint32_t wide = exponent == 0x1f ? 0xffu : exponent + (127 - 15);
   return std::bit_cast<float>(sign | wide << 23 | mantissa << 13);
+}
+
+// Rounds to nearest, ties to even; past the largest fp16 the result is infinity, NaN stays NaN.
+inline uint16_t F32ToF16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520
+  if (magnitude < 0x38800000u) {  // below 2^-14: a multiple of 2^-24
+    const float steps = std::nearbyint(std::bit_cast<float>(magnitude) * 0x1p24f);
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(steps));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
 }
 
 inline float BF16ToF32(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }

@@ -26,6 +26,9 @@ struct GemmParams {
   TensorView x;  // [m, k], rows may be strided
   std::array<GemmOutput, kMaxOutputs> outputs;
   int num_outputs = 0;
+  // Where a backend quantises activations, it keeps twice the bits of these. For inputs whose
+  // rounding shows most in the answer; costs a second pass of products.
+  bool precise = false;
 };
 
 }  // namespace gloam

@@ -12,17 +12,20 @@ namespace gloam {
 
 inline constexpr int kBlockTokens = 16;
 
+// What a cache may hold.
+constexpr bool IsKvDType(DType dtype) {
+  return dtype == DType::kBF16 || dtype == DType::kF16 || dtype == DType::kF32;
+}
+
 // The shape of one layer's cache.
 struct KvLayout {
-  DType dtype = DType::kBF16;  // kBF16 or kF32
+  DType dtype = DType::kBF16;  // kBF16, kF16 or kF32
   int num_kv_heads = 0;
   int head_dim = 0;
 
   int64_t head_run_elements() const { return int64_t{kBlockTokens} * head_dim; }
   int64_t block_elements() const { return 2 * num_kv_heads * head_run_elements(); }
-  int64_t block_bytes() const {
-    return block_elements() * static_cast<int64_t>(DTypeBytes(dtype));
-  }
+  int64_t block_bytes() const { return block_elements() * static_cast<int64_t>(DTypeBytes(dtype)); }
 };
 
 // One layer of the cache.
@@ -47,7 +50,7 @@ struct KvLayerView {
 // backend's device and valid during the step. Sequences are packed one after another.
 struct SequenceBatch {
   int num_seqs = 0;
-  int num_tokens = 0;           // cu_seqlens[num_seqs]
+  int num_tokens = 0;  // cu_seqlens[num_seqs]
   int max_blocks_per_seq = 0;
   const int32_t* positions = nullptr;     // [num_tokens] position of each token in its sequence
   const int64_t* slot_mapping = nullptr;  // [num_tokens] block * 16 + offset where its K/V go

@@ -33,7 +33,7 @@ struct SampleRow {
   std::span<const std::pair<int32_t, float>> logit_bias;
   std::span<const int32_t> banned_tokens;  // never drawn (end-of-sequence before min_tokens)
   const uint32_t* allowed = nullptr;       // bit mask over the vocabulary, or null: all allowed
-  uint64_t seed = 0;   // with `draw_index`, determines the draw completely
+  uint64_t seed = 0;                       // with `draw_index`, determines the draw completely
   uint64_t draw_index = 0;
   int num_logprobs = -1;  // -1: none; 0: of the drawn token; n: and of the n most likely tokens
 };
@@ -48,16 +48,16 @@ struct SampleResult {
 // penalties and temperature.
 struct SampleParams {
   TensorView logits;  // [num_rows, vocab_size] fp32; used as scratch, contents undefined afterwards
-  std::span<const SampleRow> rows;    // [num_rows]
-  std::span<SampleResult> results;    // [num_rows]
+  std::span<const SampleRow> rows;  // [num_rows]
+  std::span<SampleResult> results;  // [num_rows]
 };
 
 // Log-probabilities of given tokens (prompt_logprobs, echo, scoring).
 struct ScoreParams {
-  TensorView logits;                  // [num_rows, vocab_size] fp32
-  std::span<const int32_t> tokens;    // [num_rows] the token that followed
-  int num_logprobs = 0;               // as in SampleRow, >= 0
-  std::span<SampleResult> results;    // [num_rows]; token = tokens[i]
+  TensorView logits;                // [num_rows, vocab_size] fp32
+  std::span<const int32_t> tokens;  // [num_rows] the token that followed
+  int num_logprobs = 0;             // as in SampleRow, >= 0
+  std::span<SampleResult> results;  // [num_rows]; token = tokens[i]
 };
 
 }  // namespace gloam

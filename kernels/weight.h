@@ -55,9 +55,9 @@ class Weight {
  public:
   virtual ~Weight() = default;
   virtual WeightType type() const = 0;
-  virtual int64_t rows() const = 0;  // output features (or vocabulary)
-  virtual int64_t cols() const = 0;  // input features
-  virtual int64_t bytes() const = 0; // memory that this object owns
+  virtual int64_t rows() const = 0;   // output features (or vocabulary)
+  virtual int64_t cols() const = 0;   // input features
+  virtual int64_t bytes() const = 0;  // memory that this object owns
 };
 
 }  // namespace gloam

@@ -21,6 +21,7 @@ struct StackedLinear {
   };
   std::vector<Part> parts;  // at most GemmParams::kMaxOutputs
   Buffer bias;              // [out_features] fp32, or empty
+  bool precise = false;     // see GemmParams::precise
 
   // y = x W^T + bias, or y += x W^T + bias; x is [m, in_features], y [m, out_features].
   void Apply(Ops& ops, const TensorView& x, const TensorView& y, bool accumulate) const;

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cfloat>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/cpu/bf16.h"
+#include "kernels/float16.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/attention_tile.cc"
@@ -36,12 +38,13 @@ constexpr int kConvertValuesRows = 2 * kValueRows;
 
 inline float ToFloat(float value) { return value; }
 inline float ToFloat(hwy::bfloat16_t value) { return FloatFromBf16(value.bits); }
+inline float ToFloat(hwy::float16_t value) { return F16ToF32(value.bits); }
 
 inline VF ExpOf(VF x) { return hn::Exp(DF(), x); }
 
 // Writes keys of one block, [16][row_words] as 32-bit words, as fp32 columns of `out`,
-// [head_dim][kGroupTokens]. A word is one fp32 or a pair of bf16, the lower channel in the low
-// half.
+// [head_dim][kGroupTokens]. A word is one fp32 or a pair of 16-bit floats, the lower channel in
+// the low half.
 #if HWY_TARGET == HWY_SCALAR
 
 template <typename T>
@@ -74,6 +77,13 @@ inline hn::Vec<hn::Repartition<uint32_t, DF> > LoadPieces(const uint32_t* from, 
   }
 }
 
+// The fp16 in the low half of each word.
+inline VF PromoteF16(hn::Vec<hn::Repartition<uint32_t, DF> > words) {
+  const hn::Rebind<uint16_t, DF> d16;
+  const hn::Rebind<hwy::float16_t, DF> df16;
+  return hn::PromoteTo(DF(), hn::BitCast(df16, hn::TruncateTo(d16, words)));
+}
+
 template <typename T>
 void TransposeKeys(const T* block, int head_dim, float* HWY_RESTRICT out) {
   const DF df;
@@ -87,6 +97,9 @@ void TransposeKeys(const T* block, int head_dim, float* HWY_RESTRICT out) {
     float* to = out + channel * kGroupTokens + token;
     if constexpr (kPerWord == 1) {
       hn::Store(hn::BitCast(df, bits), df, to);
+    } else if constexpr (std::is_same_v<T, hwy::float16_t>) {
+      hn::Store(PromoteF16(bits), df, to);
+      hn::Store(PromoteF16(hn::ShiftRight<16>(bits)), df, to + kGroupTokens);
     } else {
       hn::Store(hn::BitCast(df, hn::ShiftLeft<16>(bits)), df, to);
       hn::Store(hn::BitCast(df, hn::And(bits, hn::Set(d32, 0xffff0000u))), df, to + kGroupTokens);
@@ -223,8 +236,9 @@ inline void SoftmaxStep(float* HWY_RESTRICT scores, int first, int last, int hea
 }
 
 inline VF LoadValues(const float* from) { return hn::Load(DF(), from); }
-inline VF LoadValues(const hwy::bfloat16_t* from) {
-  const hn::Rebind<hwy::bfloat16_t, DF> d;
+template <typename T>
+inline VF LoadValues(const T* from) {
+  const hn::Rebind<T, DF> d;
   return hn::PromoteTo(DF(), hn::Load(d, from));
 }
 
@@ -375,10 +389,13 @@ void AttendPartitionOf(const AttentionTile& tile, int64_t partition, const TileW
 
 void AttendPartitionTarget(const AttentionTile& tile, int64_t partition,
                            const TileWorkspace& workspace, const AttentionPartial& result) {
-  if (tile.kv.layout.dtype == DType::kBF16) {
-    AttendPartitionOf<hwy::bfloat16_t>(tile, partition, workspace, result);
-  } else {
-    AttendPartitionOf<float>(tile, partition, workspace, result);
+  switch (tile.kv.layout.dtype) {
+    case DType::kBF16:
+      return AttendPartitionOf<hwy::bfloat16_t>(tile, partition, workspace, result);
+    case DType::kF16:
+      return AttendPartitionOf<hwy::float16_t>(tile, partition, workspace, result);
+    default:  // kF32: Attention() has checked
+      return AttendPartitionOf<float>(tile, partition, workspace, result);
   }
 }
 

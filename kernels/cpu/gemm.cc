@@ -34,23 +34,44 @@ void CheckShapes(const GemmParams& params) {
   }
 }
 
-QuantizedRows QuantizeActivations(const TensorView& x, ThreadPool& pool, Scratch& scratch) {
+// Activations as int8 and, where asked for, what that rounding left out as int8 again: together
+// 16 bits.
+struct QuantizedActivations {
+  QuantizedRows rows, residual;
+};
+
+QuantizedActivations QuantizeActivations(const TensorView& x, bool with_residual, ThreadPool& pool,
+                                         Scratch& scratch) {
   const int64_t num_rows = x.shape[0];
   const int64_t cols = x.shape[1];
   const int64_t num_blocks = cols / kRunElements;
+  const int64_t num_parts = with_residual ? 2 : 1;
+  const int64_t part_blocks = num_rows * num_blocks;
+  const int64_t num_floats = with_residual ? num_rows * cols : 0;
   auto* blocks = static_cast<ActivationBlock*>(
-      scratch.Get(num_rows * (num_blocks * sizeof(ActivationBlock) + cols)));
-  auto* quants = reinterpret_cast<int8_t*>(blocks + num_rows * num_blocks);
+      scratch.Get(num_parts * (part_blocks * sizeof(ActivationBlock) + num_rows * cols) +
+                  num_floats * sizeof(float)));
+  auto* residuals = reinterpret_cast<float*>(blocks + num_parts * part_blocks);
+  auto* quants = reinterpret_cast<int8_t*>(residuals + num_floats);
   const auto* in = x.Data<const float>();
   // A piece of 16K elements takes about 2 us: less is not worth a second thread.
   const int64_t rows_per_piece = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols));
   pool.ParallelFor(CeilDiv(num_rows, rows_per_piece), [&](int64_t piece, int) {
     const int64_t end = std::min(num_rows, (piece + 1) * rows_per_piece);
     for (int64_t row = piece * rows_per_piece; row < end; ++row) {
-      QuantizeRow(in + row * x.strides[0], cols, quants + row * cols, blocks + row * num_blocks);
+      const float* from = in + row * x.strides[0];
+      int8_t* row_quants = quants + row * cols;
+      ActivationBlock* row_blocks = blocks + row * num_blocks;
+      QuantizeRow(from, cols, row_quants, row_blocks);
+      if (!with_residual) continue;
+      float* residual = residuals + row * cols;
+      for (int64_t i = 0; i < cols; ++i) {
+        residual[i] = from[i] - row_blocks[i / kRunElements].scale * row_quants[i];
+      }
+      QuantizeRow(residual, cols, row_quants + num_rows * cols, row_blocks + part_blocks);
     }
   });
-  return {quants, blocks, cols};
+  return {{quants, blocks, cols}, {quants + num_rows * cols, blocks + part_blocks, cols}};
 }
 
 }  // namespace
@@ -71,8 +92,8 @@ void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool
     quantize = quantize || int8[i];
     first_panel[i + 1] = first_panel[i] + weight.num_panels();
   }
-  const QuantizedRows quantized =
-      quantize ? QuantizeActivations(x, pool, scratch) : QuantizedRows{};
+  const QuantizedActivations quantized =
+      quantize ? QuantizeActivations(x, params.precise, pool, scratch) : QuantizedActivations{};
 
   const auto multiply = [&](int64_t panel, int64_t row, int rows) {
     int i = 0;
@@ -88,7 +109,12 @@ void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool
     out.bias = output.bias == nullptr ? nullptr : output.bias + col;
     out.accumulate = output.accumulate;
     if (int8[i]) {
-      MultiplyPanelInt8(weight, panel, quantized.Skip(row), rows, out);
+      MultiplyPanelInt8(weight, panel, quantized.rows.Skip(row), rows, out);
+      if (params.precise) {
+        out.bias = nullptr;
+        out.accumulate = true;
+        MultiplyPanelInt8(weight, panel, quantized.residual.Skip(row), rows, out);
+      }
     } else {
       MultiplyPanelF32(weight, panel, x.Data<const float>() + row * x.strides[0], x.strides[0],
                        rows, out);

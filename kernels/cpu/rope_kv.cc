@@ -2,11 +2,14 @@
 // handled by one thread; its result depends on nothing but the token.
 #include "kernels/rope_kv.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cpu/row_tasks.h"
+#include "kernels/float16.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/rope_kv.cc"
@@ -78,6 +81,27 @@ void ConvertToBf16(const float* from, int count, uint16_t* to) {
   for (; i < count; ++i) to[i] = Bf16FromFloat(from[i]);
 }
 
+constexpr float kMaxF16 = 65504.0f;
+
+// Rounds to nearest, ties to even. What lies past the largest fp16 becomes the largest: infinity in
+// a key or a value would make a whole answer NaN.
+void ConvertToF16(const float* from, int count, uint16_t* to) {
+  const hn::CappedTag<float, 16> df;
+  const hn::Rebind<hwy::float16_t, decltype(df)> dh;
+  const int lanes = static_cast<int>(hn::Lanes(df));
+  auto* out = reinterpret_cast<hwy::float16_t*>(to);
+  int i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    const auto value = hn::LoadU(df, from + i);
+    const auto clamped = hn::Max(hn::Min(value, hn::Set(df, kMaxF16)), hn::Set(df, -kMaxF16));
+    const auto kept = hn::IfThenElse(hn::IsNaN(value), value, clamped);
+    hn::StoreU(hn::DemoteTo(dh, kept), dh, out + i);
+  }
+  for (; i < count; ++i) {
+    to[i] = F32ToF16(std::isnan(from[i]) ? from[i] : std::clamp(from[i], -kMaxF16, kMaxF16));
+  }
+}
+
 }  // namespace gloam::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -87,6 +111,7 @@ namespace gloam::cpu {
 HWY_EXPORT(RotateNeox);
 HWY_EXPORT(RotateInterleaved);
 HWY_EXPORT(ConvertToBf16);
+HWY_EXPORT(ConvertToF16);
 
 namespace {
 
@@ -101,7 +126,7 @@ void CheckParams(const RopeKvParams& params) {
   GLOAM_CHECK(params.k.shape[0] == num_tokens && params.k.shape[1] == layout.num_kv_heads &&
               params.k.shape[2] == layout.head_dim);
   GLOAM_CHECK(params.v.shape == params.k.shape);
-  GLOAM_CHECK(layout.dtype == DType::kBF16 || layout.dtype == DType::kF32);
+  GLOAM_CHECK(IsKvDType(layout.dtype));
   GLOAM_CHECK(params.rotary_dim >= 0 && params.rotary_dim % 2 == 0 &&
               params.rotary_dim <= layout.head_dim);
 }
@@ -111,10 +136,13 @@ float* HeadOf(const TensorView& x, int64_t token, int64_t head) {
 }
 
 void StoreHead(const float* from, DType dtype, int head_dim, void* to) {
-  if (dtype == DType::kBF16) {
-    HWY_DYNAMIC_DISPATCH(ConvertToBf16)(from, head_dim, static_cast<uint16_t*>(to));
-  } else {
-    std::memcpy(to, from, static_cast<size_t>(head_dim) * sizeof(float));
+  switch (dtype) {
+    case DType::kBF16:
+      return HWY_DYNAMIC_DISPATCH(ConvertToBf16)(from, head_dim, static_cast<uint16_t*>(to));
+    case DType::kF16:
+      return HWY_DYNAMIC_DISPATCH(ConvertToF16)(from, head_dim, static_cast<uint16_t*>(to));
+    default:  // kF32: CheckParams has seen to it
+      std::memcpy(to, from, static_cast<size_t>(head_dim) * sizeof(float));
   }
 }
 

@@ -51,7 +51,7 @@ TEST_CASE("impossible options are named") {
   options.max_model_len = 1025;
   CHECK(ErrorOf(options, StatusCode::kInvalidArgument).find("[1, 1024]") != std::string::npos);
   options = {};
-  options.kv_cache_dtype = DType::kF16;
+  options.kv_cache_dtype = DType::kI32;
   CHECK(ErrorOf(options, StatusCode::kInvalidArgument).find("--kv-cache-dtype") !=
         std::string::npos);
 }

@@ -14,6 +14,7 @@
 #include "hwy/targets.h"
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/cpu_kernels.h"
+#include "kernels/float16.h"
 
 namespace gloam::cpu {
 namespace {
@@ -86,11 +87,14 @@ struct Cache {
   void Write(int64_t i, float value) {
     if (shape.dtype == DType::kBF16) {
       static_cast<uint16_t*>(view.data)[i] = Bf16FromFloat(value);
+    } else if (shape.dtype == DType::kF16) {
+      static_cast<uint16_t*>(view.data)[i] = F32ToF16(value);
     } else {
       static_cast<float*>(view.data)[i] = value;
     }
   }
   double Read(int64_t i) const {
+    if (shape.dtype == DType::kF16) return F16ToF32(static_cast<uint16_t*>(view.data)[i]);
     return shape.dtype == DType::kBF16 ? FloatFromBf16(static_cast<uint16_t*>(view.data)[i])
                                        : static_cast<float*>(view.data)[i];
   }
@@ -253,11 +257,11 @@ TEST_CASE("attention equals the double-precision softmax") {
   ThreadPool pool(2);
   Scratch scratch;
   const std::vector<int> lengths = {1, 2, 15, 16, 17, 31, 32, 33, 100};
-  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+  for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
     for (const int head_dim : {16, 48, 64, 128}) {
       for (const int heads_per_kv : {1, 3, 4, 6, 8}) {
         const Shape shape = {2, heads_per_kv, head_dim, 0, dtype};
-        CAPTURE(head_dim, heads_per_kv, dtype == DType::kBF16);
+        CAPTURE(head_dim, heads_per_kv, static_cast<int>(dtype));
         const Cache cache(shape, lengths, rng);
         Outputs outputs = EmptyOutputs(cache);
         Run(cache, WholeSequences(cache), pool, scratch, outputs);
@@ -287,7 +291,7 @@ TEST_CASE("attention is right on every SIMD target") {
   std::mt19937 rng(kSeed + 2);
   ThreadPool pool(2);
   Scratch scratch;
-  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+  for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
     const Cache cache({2, 3, 80, 40, dtype}, {1, 47, 90}, rng);
     ForEachTarget([&] {
       Outputs outputs = EmptyOutputs(cache);
@@ -304,8 +308,8 @@ TEST_CASE("a row does not depend on chunks, neighbours or threads") {
   ThreadPool* const pools[] = {&one, &two, &three};
   Scratch scratch;
   const Shape shapes[] = {
-      {3, 3, 64, 0, DType::kBF16},  {2, 1, 128, 0, DType::kBF16},  {1, 8, 64, 0, DType::kF32},
-      {2, 6, 128, 0, DType::kBF16}, {3, 4, 64, 100, DType::kBF16}, {1, 3, 64, 600, DType::kF32},
+      {3, 3, 64, 0, DType::kBF16},  {2, 1, 128, 0, DType::kBF16}, {1, 8, 64, 0, DType::kF32},
+      {2, 6, 128, 0, DType::kBF16}, {3, 4, 64, 100, DType::kF16}, {1, 3, 64, 600, DType::kF32},
   };
   for (const Shape& shape : shapes) {
     CAPTURE(shape.num_kv_heads, shape.heads_per_kv, shape.head_dim, shape.window);

@@ -11,6 +11,7 @@
 #include "hwy/targets.h"
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/cpu_kernels.h"
+#include "kernels/float16.h"
 
 namespace gloam::cpu {
 namespace {
@@ -115,6 +116,8 @@ void Check(const Case& c, ThreadPool& pool, std::mt19937& rng) {
         const float expected = qkv[token_at[slot] * width + (c.num_heads + part) * c.head_dim + i];
         if (c.dtype == DType::kBF16) {
           REQUIRE(*reinterpret_cast<uint16_t*>(&memory[at]) == Bf16FromFloat(expected));
+        } else if (c.dtype == DType::kF16) {
+          REQUIRE(*reinterpret_cast<uint16_t*>(&memory[at]) == F32ToF16(expected));
         } else {
           REQUIRE(*reinterpret_cast<float*>(&memory[at]) == expected);
         }
@@ -130,7 +133,7 @@ TEST_CASE("rope rotates and the cache receives, in both styles and dtypes") {
   std::mt19937 rng(kSeed);
   ThreadPool pool(2);
   for (const RopeStyle style : {RopeStyle::kNeox, RopeStyle::kInterleaved}) {
-    for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
       Check({1, 9, 3, 64, 64, style, dtype}, pool, rng);
       Check({17, 4, 4, 128, 128, style, dtype}, pool, rng);
       Check({60, 8, 1, 64, 64, style, dtype}, pool, rng);
@@ -153,6 +156,22 @@ TEST_CASE("rope is right on every SIMD target") {
   }
   hwy::SetSupportedTargetsForTest(0);
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+}
+
+TEST_CASE("fp16 rounds to nearest even, through subnormals, and comes back exactly") {
+  for (uint32_t half = 0; half < 0x7c00; ++half) {
+    const float value = F16ToF32(static_cast<uint16_t>(half));
+    REQUIRE(F32ToF16(value) == half);
+    REQUIRE(F32ToF16(-value) == (half | 0x8000));
+    if (half + 1 == 0x7c00) break;
+    const float middle = (value + F16ToF32(static_cast<uint16_t>(half + 1))) / 2;
+    REQUIRE(F32ToF16(middle) == half + (half & 1));
+    REQUIRE(F32ToF16(std::nextafter(middle, 0.0f)) == half);
+    REQUIRE(F32ToF16(std::nextafter(middle, 1e9f)) == half + 1);
+  }
+  REQUIRE(F32ToF16(65519.0f) == 0x7bff);
+  REQUIRE(F32ToF16(65520.0f) == 0x7c00);
+  REQUIRE(std::isnan(F16ToF32(F32ToF16(std::numeric_limits<float>::quiet_NaN()))));
 }
 
 TEST_CASE("bf16 rounds to nearest even and keeps infinities and NaN") {

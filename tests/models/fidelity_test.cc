@@ -24,7 +24,7 @@ struct Mode {
 };
 
 constexpr Mode kExact = {CpuActivations::kF32, DType::kF32, 0.003, 0.003, 0.01};
-constexpr Mode kFast = {CpuActivations::kInt8, DType::kBF16, 0.07, 0.02, 1.0};
+constexpr Mode kFast = {CpuActivations::kInt8, DType::kF16, 0.07, 0.02, 1.0};
 
 // Takes every `stride`-th prompt: fp32 products are slow. bench/fidelity takes all.
 void CheckFidelity(const std::string& name, const Mode& mode, int stride = 1) {
