@@ -129,8 +129,8 @@ TEST_CASE("200 random mixes of a real model give the same bits as each request a
     num_hits += engine->stats().prefix_cache_hits;
     REQUIRE(engine->stats().num_blocks_in_use == 0);
   }
-  WARN(num_answers << " answers equal; " << num_preemptions << " pre-emptions, " << num_hits
-                   << " tokens found in the cache");
+  fmt::print("{} answers equal; {} pre-emptions, {} tokens found in the cache\n", num_answers,
+             num_preemptions, num_hits);
   CHECK(num_preemptions > 20);
   CHECK(num_hits > 1000);
 }
