@@ -14,3 +14,4 @@ add_library(gloam_jinja STATIC
   ${GLOAM_JINJA_DIR}/jinja/value.cpp)
 target_include_directories(gloam_jinja SYSTEM PUBLIC ${GLOAM_JINJA_DIR})
 target_link_libraries(gloam_jinja PUBLIC nlohmann_json::nlohmann_json)
+target_include_directories(gloam_jinja PRIVATE ${PROJECT_SOURCE_DIR}/cmake/jinja ${PROJECT_SOURCE_DIR})
