@@ -61,18 +61,19 @@ struct CompletionRequest {
 };
 
 struct ChatMessage {
-  std::string role;      // system, developer, user, assistant, tool
-  std::string content;   // text parts joined
-  nlohmann::json extra;  // name, tool_calls, tool_call_id: passed to the template; object or null
+  std::string role;     // system, developer, user, assistant, tool
+  std::string content;  // text parts joined
+  nlohmann::ordered_json
+      extra;  // name, tool_calls, tool_call_id: passed to the template; object or null
 };
 
 struct ChatCompletionRequest {
   std::string model;
   std::vector<ChatMessage> messages;
-  nlohmann::json tools;  // array or null, for the template
+  nlohmann::ordered_json tools;  // array or null, for the template
   bool add_generation_prompt = true;
   bool continue_final_message = false;
-  nlohmann::json chat_template_kwargs;  // object or null
+  nlohmann::ordered_json chat_template_kwargs;  // object or null
   GenerationParams params;
   StreamOptions stream;
 };

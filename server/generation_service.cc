@@ -55,7 +55,7 @@ Status CheckMessages(const std::vector<ChatMessage>& messages) {
   return OkStatus();
 }
 
-Status CheckTemplateKwargs(const nlohmann::json& kwargs) {
+Status CheckTemplateKwargs(const nlohmann::ordered_json& kwargs) {
   for (const auto& [key, value] : kwargs.items()) {
     for (const char* reserved : kReservedTemplateKwargs) {
       if (key == reserved) {
@@ -67,13 +67,13 @@ Status CheckTemplateKwargs(const nlohmann::json& kwargs) {
   return OkStatus();
 }
 
-nlohmann::json MessagesForTemplate(const std::vector<ChatMessage>& messages) {
-  nlohmann::json out = nlohmann::json::array();
+nlohmann::ordered_json MessagesForTemplate(const std::vector<ChatMessage>& messages) {
+  nlohmann::ordered_json out = nlohmann::ordered_json::array();
   for (const ChatMessage& message : messages) {
-    nlohmann::json entry =
-        message.extra.is_object() ? message.extra : nlohmann::json(nlohmann::json::object());
+    nlohmann::ordered_json entry;
     entry["role"] = message.role == "developer" ? "system" : message.role;
     entry["content"] = message.content;
+    if (message.extra.is_object()) entry.update(message.extra);
     out.push_back(std::move(entry));
   }
   return out;

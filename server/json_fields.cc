@@ -9,7 +9,7 @@
 
 namespace gloam {
 
-using nlohmann::json;
+using json = nlohmann::ordered_json;
 
 std::optional<int64_t> AsInteger(const json& value) {
   constexpr int64_t kMax = std::numeric_limits<int64_t>::max();

@@ -17,10 +17,10 @@ class JsonFields {
  public:
   // `object` must be a JSON object and outlive this. `prefix` leads every field's path in errors:
   // "" or "messages[2].".
-  explicit JsonFields(const nlohmann::json& object, std::string prefix = "");
+  explicit JsonFields(const nlohmann::ordered_json& object, std::string prefix = "");
 
   // The field's value; null where it is absent or null.
-  const nlohmann::json* Find(std::string_view name);
+  const nlohmann::ordered_json* Find(std::string_view name);
 
   // Each leaves `out` alone where the field is absent or null, and fails where its type is wrong.
   void Read(std::string_view name, std::optional<int64_t>* out);
@@ -38,12 +38,12 @@ class JsonFields {
   const Status& status() const { return status_; }
 
  private:
-  const nlohmann::json& object_;
+  const nlohmann::ordered_json& object_;
   std::string prefix_;
   Status status_;
 };
 
 // An integer value, also written as 5.0; empty for everything else.
-std::optional<int64_t> AsInteger(const nlohmann::json& value);
+std::optional<int64_t> AsInteger(const nlohmann::ordered_json& value);
 
 }  // namespace gloam

@@ -10,7 +10,7 @@
 namespace gloam {
 namespace {
 
-using nlohmann::json;
+using json = nlohmann::ordered_json;
 
 StatusOr<json> ParseBody(std::string_view body) {
   GLOAM_ASSIGN_OR_RETURN(json parsed, ParseStrictJson(body));

@@ -12,7 +12,7 @@
 namespace gloam {
 namespace {
 
-using nlohmann::json;
+using json = nlohmann::ordered_json;
 using Strings = std::vector<std::string>;
 
 template <typename T>

@@ -2,6 +2,8 @@
 
 #include <cmath>
 #include <cstddef>
+#include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -10,7 +12,7 @@
 namespace gloam {
 namespace {
 
-using nlohmann::json;
+using json = nlohmann::ordered_json;
 
 // Builds the document while it checks what nlohmann's own DOM parser accepts.
 class StrictBuilder {
@@ -29,14 +31,20 @@ class StrictBuilder {
   }
   bool binary(json::binary_t&) { return Fail("binary values are not JSON"); }
 
-  bool start_object(std::size_t) { return Open(json::object()); }
+  bool start_object(std::size_t) {
+    keys_.emplace_back();
+    return Open(json::object());
+  }
   bool start_array(std::size_t) { return Open(json::array()); }
-  bool end_object() { return Close(); }
+  bool end_object() {
+    keys_.pop_back();
+    return Close();
+  }
   bool end_array() { return Close(); }
 
   bool key(json::string_t& name) {
     if (name.find('\0') != std::string::npos) return Fail("a key holds a NUL character");
-    if (stack_.back()->contains(name)) return Fail("an object holds the same key twice");
+    if (!keys_.back().insert(name).second) return Fail("an object holds the same key twice");
     key_ = std::move(name);
     return true;
   }
@@ -66,7 +74,11 @@ class StrictBuilder {
       parent.push_back(std::move(value));
       return &parent.back();
     }
-    return &(parent[key_] = std::move(value));
+    // Known to be new, so that ordered_map's search for it can be left out: a client's object may
+    // have a million keys.
+    auto& members = parent.get_ref<json::object_t&>();
+    members.json::object_t::Container::emplace_back(std::move(key_), std::move(value));
+    return &members.back().second;
   }
 
   bool Add(json&& value) {
@@ -89,6 +101,7 @@ class StrictBuilder {
 
   json root_;
   std::vector<json*> stack_;  // a parent is not touched while a child is open, so these stay valid
+  std::vector<std::unordered_set<std::string>> keys_;  // of the open objects
   std::string key_;
   std::string error_;
 };
@@ -163,8 +176,8 @@ void AppendJsonString(std::string_view text, std::string* out) {
   out->push_back('"');
 }
 
-std::string DumpJson(const json& value) {
-  return value.dump(-1, ' ', /*ensure_ascii=*/false, json::error_handler_t::replace);
+std::string DumpJson(const nlohmann::json& value) {
+  return value.dump(-1, ' ', /*ensure_ascii=*/false, nlohmann::json::error_handler_t::replace);
 }
 
 }  // namespace gloam

@@ -14,7 +14,9 @@ namespace gloam {
 inline constexpr int kMaxJsonDepth = 64;
 
 // Errors: kInvalidArgument saying what is wrong and at which byte; never repeats the client's text.
-[[nodiscard]] StatusOr<nlohmann::json> ParseStrictJson(std::string_view text);
+// Keys keep their order, as templates print tools and arguments the way they came; looking one up
+// takes a pass over its object.
+[[nodiscard]] StatusOr<nlohmann::ordered_json> ParseStrictJson(std::string_view text);
 
 // Appends `text` as a JSON string, quotes included; invalid UTF-8 becomes U+FFFD.
 void AppendJsonString(std::string_view text, std::string* out);

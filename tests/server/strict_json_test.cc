@@ -51,6 +51,17 @@ TEST_CASE("Strict JSON refuses the rest") {
   }
 }
 
+TEST_CASE("Keys keep their order, and a million of them are no burden") {
+  CHECK(ParseStrictJson(R"({"b": 1, "a": {"z": 1, "c": 2}})")->dump() ==
+        R"({"b":1,"a":{"z":1,"c":2}})");
+  std::string many = "{";
+  for (int i = 0; i < 1000000; ++i) many += "\"" + std::to_string(i) + "\":0,";
+  many.back() = '}';
+  const auto parsed = ParseStrictJson(many);
+  REQUIRE(parsed.ok());
+  CHECK(parsed->size() == 1000000);
+}
+
 TEST_CASE("Strings are escaped as JSON, whatever bytes they hold") {
   std::string all;
   for (int c = 0; c < 256; ++c) all += static_cast<char>(c);
