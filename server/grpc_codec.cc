@@ -14,7 +14,7 @@ namespace {
 
 using google::protobuf::Struct;
 using google::protobuf::Value;
-using nlohmann::json;
+using json = nlohmann::ordered_json;
 
 json ToJson(const Struct& object);
 
