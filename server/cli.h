@@ -36,12 +36,15 @@ int RunComplete(const CompleteOptions& options);
 int RunPull(const std::string& name);
 int RunInspect(const std::string& model, bool list_tensors);
 int RunDoctor(const ServeOptions& options);
+// Asks the server at the settings' host and port for its health: 0 when it is ready to serve.
+int RunHealth(const ServeOptions& options);
 
 struct BenchThroughputOptions {
   ServeOptions model;
   std::vector<int> context_tokens;  // prompt lengths
   std::vector<int> concurrency;     // streams at a time
   int output_tokens = 64;
+  bool json = false;  // rows as one JSON array instead of a table
 };
 int RunBenchThroughput(const BenchThroughputOptions& options);
 

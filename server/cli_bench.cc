@@ -32,10 +32,15 @@ double Percentile(std::vector<double> values, double share) {
   return values[rank];
 }
 
-struct StreamTimes {
-  Clock::time_point first;  // token
-  Clock::time_point last;
-  int tokens = 0;
+using StreamTimes = std::vector<Clock::time_point>;  // of each token
+
+// One measurement: streams of one prompt length that start together.
+struct ThroughputRow {
+  int context = 0;
+  int streams = 0;
+  double prefill_tokens_per_second = 0;  // until the last stream has its first token
+  double decode_tokens_per_second = 0;   // of all streams, from then on
+  double first_token_ms = 0;             // of the first stream
 };
 
 // Streams of one length at a time, each with a prompt of its own; the timings of all of them.
@@ -59,9 +64,7 @@ StatusOr<std::vector<StreamTimes>> RunStreams(LocalModel& model, int context, in
   for (int i = 0; i < concurrency; ++i) {
     threads.emplace_back([&, i] {
       results[i] = RunBlocking(model.engine(), std::move(prepared[i]), [&](const auto& delta) {
-                     if (times[i].tokens == 0) times[i].first = Clock::now();
-                     times[i].tokens += static_cast<int>(delta.tokens.size());
-                     times[i].last = Clock::now();
+                     times[i].resize(times[i].size() + delta.tokens.size(), Clock::now());
                      return true;
                    }).status();
     });
@@ -71,28 +74,29 @@ StatusOr<std::vector<StreamTimes>> RunStreams(LocalModel& model, int context, in
   return times;
 }
 
-Status MeasureRow(LocalModel& model, int context, int concurrency, int output_tokens,
-                  std::mt19937* random) {
+StatusOr<ThroughputRow> MeasureRow(LocalModel& model, int context, int concurrency,
+                                   int output_tokens, std::mt19937* random) {
   const auto start = Clock::now();
   GLOAM_ASSIGN_OR_RETURN(const auto times,
                          RunStreams(model, context, concurrency, output_tokens, random));
-  const double total = SecondsSince(start);
-  Clock::time_point all_first = start, first = times.front().first, last = start;
-  int64_t tokens = 0;
+  Clock::time_point first = Clock::time_point::max(), all_first = start, last = start;
   for (const StreamTimes& stream : times) {
-    all_first = std::max(all_first, stream.first);
-    first = std::min(first, stream.first);
-    last = std::max(last, stream.last);
-    tokens += stream.tokens;
+    first = std::min(first, stream.front());
+    all_first = std::max(all_first, stream.front());
+    last = std::max(last, stream.back());
   }
-  // Prefill counts until the last stream has its first token; decode from the first one's.
-  const double prefill_seconds = std::chrono::duration<double>(all_first - start).count();
-  const double decode_seconds = std::chrono::duration<double>(last - first).count();
-  fmt::print("{:>9} {:>9} {:>14.0f} {:>13.1f} {:>10.1f} {:>9.2f}\n", context, concurrency,
-             static_cast<double>(context) * concurrency / prefill_seconds,
-             static_cast<double>(tokens - concurrency) / std::max(1e-9, decode_seconds),
-             std::chrono::duration<double>(first - start).count() * 1e3, total);
-  return OkStatus();
+  int64_t num_decoded = 0;
+  for (const StreamTimes& stream : times) {
+    num_decoded += stream.end() - std::upper_bound(stream.begin(), stream.end(), all_first);
+  }
+  const auto seconds = [](Clock::duration d) { return std::chrono::duration<double>(d).count(); };
+  return ThroughputRow{
+      .context = context,
+      .streams = concurrency,
+      .prefill_tokens_per_second = double(context) * concurrency / seconds(all_first - start),
+      .decode_tokens_per_second =
+          num_decoded == 0 ? 0 : static_cast<double>(num_decoded) / seconds(last - all_first),
+      .first_token_ms = seconds(first - start) * 1e3};
 }
 
 // What the load's threads fill in together.
@@ -166,16 +170,34 @@ void ShowPercentiles(const char* name, const std::vector<double>& values) {
 int RunBenchThroughput(const BenchThroughputOptions& options) {
   auto model = LocalModel::Load(options.model);
   if (!model.ok()) return Fail(model.status());
-  fmt::print("{}\n{:>9} {:>9} {:>14} {:>13} {:>10} {:>9}\n", (*model)->Describe(), "context",
-             "streams", "prefill tok/s", "decode tok/s", "TTFT ms", "total s");
+  if (!options.json) {
+    fmt::print("{}\n{:>9} {:>9} {:>14} {:>13} {:>10}\n", (*model)->Describe(), "context", "streams",
+               "prefill tok/s", "decode tok/s", "TTFT ms");
+  }
   std::mt19937 random(1);  // fixed prompts, different from row to row
+  // The first pass over the cache's and the activations' memory is the system's cost, not ours.
+  const auto warm_up =
+      MeasureRow(**model, options.context_tokens.front(), 1, options.output_tokens, &random);
+  if (!warm_up.ok()) return Fail(warm_up.status());
+  json rows = json::array();
   for (const int context : options.context_tokens) {
     for (const int concurrency : options.concurrency) {
-      const Status status =
-          MeasureRow(**model, context, concurrency, options.output_tokens, &random);
-      if (!status.ok()) return Fail(status);
+      const auto row = MeasureRow(**model, context, concurrency, options.output_tokens, &random);
+      if (!row.ok()) return Fail(row.status());
+      if (options.json) {
+        rows.push_back({{"context", row->context},
+                        {"streams", row->streams},
+                        {"prefill_tokens_per_second", row->prefill_tokens_per_second},
+                        {"decode_tokens_per_second", row->decode_tokens_per_second},
+                        {"first_token_ms", row->first_token_ms}});
+      } else {
+        fmt::print("{:>9} {:>9} {:>14.0f} {:>13.1f} {:>10.1f}\n", row->context, row->streams,
+                   row->prefill_tokens_per_second, row->decode_tokens_per_second,
+                   row->first_token_ms);
+      }
     }
   }
+  if (options.json) fmt::print("{}\n", rows.dump(1));
   return 0;
 }
 

@@ -1,4 +1,4 @@
-// `gloam pull`, `gloam inspect`, `gloam doctor`.
+// `gloam pull`, `gloam inspect`, `gloam doctor`, `gloam health`.
 #include <unistd.h>
 
 #include <filesystem>
@@ -14,6 +14,7 @@
 #include "models/pull.h"
 #include "models/pull_printer.h"
 #include "server/cli.h"
+#include "server/http_client.h"
 #include "server/system_info.h"
 #include "server/version.h"
 
@@ -85,6 +86,14 @@ int RunInspect(const std::string& model, bool list_tensors) {
   if (!file.ok()) return Fail(file.status());
   InspectModel(**file, {.list_tensors = list_tensors}, std::cout);
   return 0;
+}
+
+int RunHealth(const ServeOptions& options) {
+  const std::string host = options.host == "0.0.0.0" ? "127.0.0.1" : options.host;
+  auto client = HttpClient::Connect(fmt::format("http://{}:{}", host, options.port), "");
+  if (!client.ok()) return Fail(client.status());
+  const auto body = (*client)->Get("/ready");
+  return body.ok() ? 0 : Fail(body.status());
 }
 
 int RunDoctor(const ServeOptions& options) {

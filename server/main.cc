@@ -211,6 +211,9 @@ class Program {
     inspect->add_flag("--tensors", list_tensors_, "List every tensor");
     Add("doctor", "Check this machine and what the program would find on it",
         [] { return RunDoctor(ServeOptions()); });
+    CLI::App* health = Add("health", "Ask the server at --host and --port whether it is ready",
+                           [this] { return WithSettings(*health_, RunHealth); });
+    health_ = std::make_unique<SettingsFlags>(health, std::set<std::string>{"Network"}, "ignored");
   }
 
   void AddBench() {
@@ -238,6 +241,7 @@ class Program {
         ->delimiter(',')
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
+    local->add_flag("--json", throughput_options_.json, "Print one JSON array of rows");
     local->add_option("--output-tokens", throughput_options_.output_tokens, "Tokens per answer")
         ->check(CLI::Range(2, 100000))
         ->capture_default_str();
@@ -265,7 +269,7 @@ class Program {
 
   CLI::App app_;
   std::function<int()> run_;
-  std::unique_ptr<SettingsFlags> serve_, chat_, complete_, bench_;
+  std::unique_ptr<SettingsFlags> serve_, chat_, complete_, health_, bench_;
   ChatOptions chat_options_;
   CompleteOptions complete_options_;
   BenchThroughputOptions throughput_options_;
