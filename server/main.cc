@@ -19,10 +19,11 @@ namespace {
 // The settings of ServeOptions as flags of one subcommand, read back after parsing.
 class SettingsFlags {
  public:
-  // `groups`: those that the subcommand has a use for; empty: all.
+  // `groups`: those that the subcommand has a use for; empty: all. `model_help`: empty for a
+  // subcommand that takes no model.
   SettingsFlags(CLI::App* app, std::set<std::string> groups, std::string model_help)
-      : table_(&options_) {
-    app->add_option("MODEL", model_, std::move(model_help))->group("Model");
+      : table_(&options_), needs_model_(!model_help.empty()) {
+    if (needs_model_) app->add_option("MODEL", model_, std::move(model_help))->group("Model");
     for (const OptionSpec& spec : table_.specs()) {
       if (spec.name == "model") continue;
       if (!groups.empty() && groups.count(spec.group) == 0) continue;
@@ -64,7 +65,7 @@ class SettingsFlags {
       fmt::print("{}", table_.Describe());
       std::exit(0);
     }
-    if (options_.model.empty()) {
+    if (needs_model_ && options_.model.empty()) {
       return InvalidArgument("MODEL is missing: a GGUF file, a folder, or a name of the catalogue");
     }
     return options_;
@@ -92,6 +93,7 @@ class SettingsFlags {
 
   ServeOptions options_;
   OptionTable table_;
+  const bool needs_model_;
   std::string model_;
   std::string config_file_;
   bool print_config_ = false;
@@ -213,7 +215,7 @@ class Program {
         [] { return RunDoctor(ServeOptions()); });
     CLI::App* health = Add("health", "Ask the server at --host and --port whether it is ready",
                            [this] { return WithSettings(*health_, RunHealth); });
-    health_ = std::make_unique<SettingsFlags>(health, std::set<std::string>{"Network"}, "ignored");
+    health_ = std::make_unique<SettingsFlags>(health, std::set<std::string>{"Network"}, "");
   }
 
   void AddBench() {
