@@ -6,8 +6,7 @@
 namespace gloam {
 namespace {
 
-// Symbols of one word, and the error above it. A word this long is one run of one class of
-// characters; a client's text has no such thing, and its merging would take seconds.
+// A word this long is one run of one class of characters, and would hold gigabytes to merge.
 constexpr size_t kMaxWordBytes = size_t{64} << 20;
 
 std::string ReplaceAll(std::string_view text, std::string_view from, std::string_view to) {
@@ -24,7 +23,7 @@ std::string ReplaceAll(std::string_view text, std::string_view from, std::string
 
 }  // namespace
 
-std::string Normalizer::Run(std::string_view text, bool at_start) const {
+std::string TextRewrite::Run(std::string_view text, bool at_start) const {
   std::string out = nfc ? NormalizeNfc(text) : std::string(text);
   const bool wanted = prefix_rule == PrefixRule::kEveryPiece ||
                       (prefix_rule == PrefixRule::kFirstPiece && at_start);
@@ -98,24 +97,24 @@ Status BpeEncoder::AddMerges(const std::vector<Merge>& merges) {
 Status BpeEncoder::Encode(std::string_view text, bool at_start, std::vector<int32_t>* ids) const {
   const std::string normalized = config_.normalizer.Run(text, at_start);
   Workspace workspace;
-  if (normalized_tokens_.empty()) return EncodeNormalized(normalized, &workspace, ids);
   for (const AddedTokens::Piece& piece : normalized_tokens_.Split(normalized, {})) {
     if (piece.id >= 0) {
       ids->push_back(piece.id);
       continue;
     }
     const auto plain = std::string_view(normalized).substr(piece.begin, piece.end - piece.begin);
-    GLOAM_RETURN_IF_ERROR(EncodeNormalized(plain, &workspace, ids));
+    GLOAM_RETURN_IF_ERROR(EncodePiece(plain, at_start && piece.begin == 0, &workspace, ids));
   }
   return OkStatus();
 }
 
-Status BpeEncoder::EncodeNormalized(std::string_view text, Workspace* workspace,
-                                    std::vector<int32_t>* ids) const {
+Status BpeEncoder::EncodePiece(std::string_view piece, bool at_start, Workspace* workspace,
+                               std::vector<int32_t>* ids) const {
+  const std::string text = config_.piece_rewrite.Run(piece, at_start);
   GLOAM_RETURN_IF_ERROR(config_.pre_tokenizer.Run(text, workspace->matcher, &workspace->words));
   auto& symbols = workspace->symbols;
   for (const PreTokenizer::Word& span : workspace->words) {
-    const std::string_view word = text.substr(span.begin, span.end - span.begin);
+    const auto word = std::string_view(text).substr(span.begin, span.end - span.begin);
     if (word.size() > kMaxWordBytes) {
       return ResourceExhausted("a word of {} bytes is too long to tokenise (at most {})",
                                word.size(), kMaxWordBytes);

@@ -20,15 +20,16 @@ namespace gloam {
 // When a prefix (a space, or U+2581) is put in front of a piece of text.
 enum class PrefixRule { kNever, kFirstPiece, kEveryPiece };
 
-struct Normalizer {
+// Changes to a text as a whole: form C, then a prefix, then replacements.
+struct TextRewrite {
   struct Replacement {
-    std::string from, to;
+    std::string from, to;  // `from` is not empty
   };
   bool nfc = false;
   PrefixRule prefix_rule = PrefixRule::kNever;
   std::string prefix;
-  bool prefix_unless_present = false;     // not where the text begins with the prefix
-  std::vector<Replacement> replacements;  // in order, after the prefix
+  bool prefix_unless_present = false;  // not where the text begins with the prefix
+  std::vector<Replacement> replacements;
 
   std::string Run(std::string_view text, bool at_start) const;
 };
@@ -39,9 +40,10 @@ struct BpeConfig {
   bool ignore_merges = false;  // a word that is a token is taken whole
   bool fuse_unknown = false;   // neighbouring unknown characters become one unknown token
   int32_t unknown_id = -1;     // for characters without a token; -1: they vanish
-  Normalizer normalizer;
-  PreTokenizer pre_tokenizer;
+  TextRewrite normalizer;
   std::vector<AddedToken> normalized_tokens;  // found after normalisation, all user-defined
+  TextRewrite piece_rewrite;                  // of the text between those
+  PreTokenizer pre_tokenizer;
 };
 
 class BpeEncoder final : public TextEncoder {
@@ -62,8 +64,8 @@ class BpeEncoder final : public TextEncoder {
 
   BpeEncoder(const TokenTable& table, BpeConfig config);
   Status AddMerges(const std::vector<Merge>& merges);
-  Status EncodeNormalized(std::string_view text, Workspace* workspace,
-                          std::vector<int32_t>* ids) const;
+  Status EncodePiece(std::string_view text, bool at_start, Workspace* workspace,
+                     std::vector<int32_t>* ids) const;
   void AppendSymbols(std::string_view word, std::vector<int32_t>* symbols) const;
   void AppendUnknown(std::string_view character, std::vector<int32_t>* symbols) const;
 

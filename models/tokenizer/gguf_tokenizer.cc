@@ -53,7 +53,7 @@ std::vector<AddedToken> AddedTokensOf(const TokenTable& table) {
   std::vector<AddedToken> added;
   for (int32_t id = 0; id < table.size(); ++id) {
     const TokenKind kind = table.kind(id);
-    const bool special = kind == TokenKind::kControl;
+    const bool special = table.IsSpecial(id);
     if ((special || kind == TokenKind::kUserDefined) && !table.bytes(id).empty()) {
       added.push_back({.id = id, .content = std::string(table.bytes(id)), .special = special});
     }
@@ -92,9 +92,9 @@ StatusOr<std::unique_ptr<TextEncoder>> MakeBpe(const GgufVocabulary& v, const To
 
 StatusOr<std::unique_ptr<TextEncoder>> MakeSentencePiece(const GgufVocabulary& v,
                                                          const TokenTable& table) {
-  if (v.scores.size() != v.tokens.size()) {
+  if (v.scores.size() != static_cast<size_t>(table.size())) {
     return InvalidArgument("tokenizer.ggml.scores: has {} entries for {} tokens", v.scores.size(),
-                           v.tokens.size());
+                           table.size());
   }
   return MakeSentencePieceEncoder(table, v.scores, v.add_space_prefix);
 }
@@ -113,7 +113,6 @@ StatusOr<std::unique_ptr<Tokenizer>> MakeTokenizer(GgufVocabulary vocabulary) {
       TokenTable table,
       TokenTable::Make(std::move(vocabulary.tokens), KindsOf(vocabulary),
                        is_bpe ? TokenSpelling::kByteChars : TokenSpelling::kMetaspace));
-  vocabulary.tokens.clear();
   parts.table = std::make_unique<const TokenTable>(std::move(table));
   GLOAM_ASSIGN_OR_RETURN(parts.encoder, is_bpe ? MakeBpe(vocabulary, *parts.table)
                                                : MakeSentencePiece(vocabulary, *parts.table));

@@ -19,8 +19,9 @@ constexpr size_t kJitStackMaxBytes = 1024 * 1024;
 
 // Unicode's White_Space, which is Oniguruma's \s. PCRE2's own also takes U+180E.
 constexpr std::string_view kSpaceSet = R"(\t-\r\x{85}\p{Z})";
-// Oniguruma's \w (PCRE2 10.42 leaves out marks and connectors).
-constexpr std::string_view kWordSet = R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{24B6}-\x{24E9})";
+// Oniguruma's \w, with the superscripts and fractions of Latin-1 (PCRE2 10.42's is \p{L}\p{N}_).
+constexpr std::string_view kWordSet =
+    R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{B2}\x{B3}\x{B9}\x{BC}-\x{BE}\x{24B6}-\x{24E9})";
 
 // Rewrites one pattern from Oniguruma's syntax to PCRE2's.
 class Translator {
