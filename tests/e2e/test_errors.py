@@ -279,11 +279,14 @@ def test_row_14_over_grpc(channel, stubs):
 
 def test_row_15_sparsity(server, channel, stubs):
     check_error(server.post(COMPLETIONS, valid(sparsity="magic")), 400, "sparsity.policy")
-    request = stubs.CreateCompletionRequest(
-        prompt=[stubs.Prompt(text="Hi")], sparsity=stubs.SparsityOptions(policy="magic")
-    )
     create = stubs.CompletionsStub(channel).Create
-    check_grpc_error(create, request, INVALID, "sparsity.policy")
+    for fields, param in (({"policy": "magic"}, "policy"), ({"policy": "dense", "p": 0.9}, "p")):
+        response = server.post(COMPLETIONS, valid(sparsity=fields))
+        check_error(response, 400, f"sparsity.{param}")
+        request = stubs.CreateCompletionRequest(
+            prompt=[stubs.Prompt(text="Hi")], sparsity=stubs.SparsityOptions(**fields)
+        )
+        check_grpc_error(create, request, INVALID, f"sparsity.{param}")
 
 
 def test_error_messages_hold_no_paths(server):

@@ -66,7 +66,7 @@ def test_completion_default_is_16_tokens(client):
 
 
 def test_chat_shape(client):
-    completion = chat(client)
+    completion = chat(client, ignore_eos=True)
     assert completion.id.startswith("chatcmpl-")
     assert completion.object == "chat.completion"
     assert completion.system_fingerprint
@@ -78,9 +78,9 @@ def test_chat_shape(client):
 
 
 def test_chat_ends_by_itself(client):
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    messages = [{"role": "user", "content": "Say only: yes"}]
     completion = chat(client, messages=messages, max_completion_tokens=200)
-    assert "Paris" in completion.choices[0].message.content
+    assert completion.choices[0].message.content
     assert completion.choices[0].finish_reason == "stop"
     assert "<|im_end|>" not in completion.choices[0].message.content
 
@@ -221,16 +221,17 @@ def test_prompt_logprobs(client, server):
 
 
 def test_chat_logprobs(client):
-    choice = chat(client, logprobs=True, top_logprobs=2).choices[0]
+    fields = {"logprobs": True, "top_logprobs": 2, "max_completion_tokens": 8}
+    choice = chat(client, **fields).choices[0]
     content = choice.logprobs.content
-    assert len(content) == 16
+    assert len(content) == 8
     assert b"".join(bytes(entry.bytes) for entry in content).decode() == choice.message.content
     for entry in content:
         assert len(entry.top_logprobs) == 2
         assert entry.top_logprobs[0].token == entry.token  # greedy
         assert entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
     streamed = []
-    for chunk in chat(client, logprobs=True, top_logprobs=2, stream=True):
+    for chunk in chat(client, stream=True, **fields):
         if chunk.choices[0].logprobs:
             streamed += chunk.choices[0].logprobs.content
     assert [entry.token for entry in streamed] == [entry.token for entry in content]
@@ -275,7 +276,7 @@ def test_continue_final_message(client):
         client, messages=messages, add_generation_prompt=False, continue_final_message=True
     )
     text = answer.choices[0].message.content
-    assert text.startswith(" ")
+    assert not text.startswith("The three")
     assert any(colour in text.lower() for colour in ("red", "blue", "yellow"))
 
 
@@ -285,7 +286,7 @@ def test_roles_and_text_parts(client):
         {"role": "developer", "content": "Be brief."},
         {
             "role": "user",
-            "content": [{"type": "text", "text": "Hi\n"}, {"type": "text", "text": "there"}],
+            "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}],
         },
     ]
     assert (
@@ -295,8 +296,9 @@ def test_roles_and_text_parts(client):
 
 
 def test_dense_policy_is_the_default(client):
-    dense = complete(client, sparsity="dense").choices[0].text
-    assert dense == complete(client).choices[0].text
+    text = complete(client).choices[0].text
+    for dense in ("dense", {"policy": "dense"}):
+        assert complete(client, sparsity=dense).choices[0].text == text
 
 
 def test_prefix_cache_is_reported_and_changes_nothing(client):

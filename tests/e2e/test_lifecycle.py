@@ -39,11 +39,12 @@ def test_row_7_api_keys(start_gloam, stubs):
 def test_row_16_full_queue(start_gloam, stubs):
     server = start_gloam("--max-num-seqs", "1", "--max-queued-requests", "1")
     client = openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
-    body = {"model": MODEL, "prompt": "Hi", "max_tokens": 4000}
-    fields = {**body, "stream": True, "extra_body": {"ignore_eos": True}}
-    running = client.completions.create(**fields)
+    body = {"model": MODEL, "prompt": "Hi", "max_tokens": 4}
+    running = client.completions.create(
+        model=MODEL, prompt="Hi", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+    )
     next(iter(running))
-    waiting = threading.Thread(target=server.post, args=("/v1/completions", {**body, "n": 1}))
+    waiting = threading.Thread(target=server.post, args=("/v1/completions", body))
     waiting.start()
     while server.metric("gloam:num_requests_waiting") < 1:
         time.sleep(0.01)
