@@ -144,19 +144,24 @@ TEST_CASE("A chat stream: role first, finish reason last, usage when asked for")
   const RawResponse response = client.Read();
   CHECK(response.headers.at("content-type") == "text/event-stream; charset=utf-8");
   const auto events = EventsOf(response.body);
-  REQUIRE(events.size() == 3);
+  REQUIRE(events.size() >= 3);
   CHECK(events[0]["object"] == "chat.completion.chunk");
   CHECK(events[0]["choices"][0]["delta"] ==
         json({{"role", "assistant"}, {"content", ""}, {"refusal", nullptr}}));
   CHECK(events[0]["choices"][0]["finish_reason"].is_null());
-  CHECK(events[0]["usage"].is_null());
   CHECK(events[1]["choices"][0]["delta"] == json({{"content", "he said \"\xc3\xa9\"\n"}}));
-  CHECK(events[1]["choices"][0]["finish_reason"] == "stop");
   CHECK(events[1]["choices"][0]["logprobs"].is_null());
-  CHECK(events[1].contains("usage"));
-  CHECK(events[2]["choices"] == json::array());
-  CHECK(events[2]["usage"] == kUsage);
-  CHECK(events[0]["id"] == events[2]["id"]);
+  // The end comes with the text or, when that was sent before, in a chunk of its own.
+  const json& last = events[events.size() - 2];
+  CHECK(last["choices"][0]["finish_reason"] == "stop");
+  CHECK_FALSE(last["choices"][0]["delta"].contains("role"));
+  for (size_t i = 0; i + 1 < events.size(); ++i) {
+    CHECK(events[i].contains("usage"));
+    CHECK(events[i]["usage"].is_null());
+  }
+  CHECK(events.back()["choices"] == json::array());
+  CHECK(events.back()["usage"] == kUsage);
+  CHECK(events.front()["id"] == events.back()["id"]);
 }
 
 TEST_CASE("A completion stream with echo, log-probabilities and two answers") {
@@ -174,6 +179,7 @@ TEST_CASE("A completion stream with echo, log-probabilities and two answers") {
     const json& choice = event["choices"][0];
     const int index = choice["index"];
     texts[index] += choice["text"].get<std::string>();
+    if (choice["logprobs"].is_null()) continue;  // the end may come in a chunk of its own
     for (const json& offset : choice["logprobs"]["text_offset"]) offsets[index].push_back(offset);
   }
   for (int i = 0; i < 2; ++i) {
@@ -192,7 +198,7 @@ TEST_CASE("HTTP/1.0 clients get a stream that ends with the connection") {
   Answer(f, "x");
   const RawResponse response = client.Read();
   CHECK(response.headers.count("transfer-encoding") == 0);
-  CHECK(EventsOf(response.body).size() == 1);
+  CHECK(EventsOf(response.body).front()["choices"][0]["text"] == "x");
 }
 
 TEST_CASE("Faults of the engine") {
