@@ -44,8 +44,9 @@ class SettingsFlags {
     for (const auto& [name, option] : flags_) {
       if (option->count() > 0) flags[name] = raw_[name];
     }
-    for (const auto& [name, option] : bool_flags_) {
-      if (option->count() > 0) flags[name] = {bools_[name] ? "true" : "false"};
+    for (const auto& [name, on_and_off] : bool_flags_) {
+      const auto& [on, off] = on_and_off;
+      if (on->count() + off->count() > 0) flags[name] = {off->count() > 0 ? "false" : "true"};
     }
     if (!model_.empty()) flags["model"] = {model_};
     std::string config;
@@ -75,10 +76,11 @@ class SettingsFlags {
   void Add(CLI::App* app, const OptionSpec& spec) {
     const std::string initial = spec.get();
     if (spec.kind == OptionSpec::Kind::kFlag) {
-      const std::string names = "--" + spec.name + ",!--no-" + spec.name;
-      bool_flags_[spec.name] = app->add_flag(names, bools_[spec.name], spec.help)
-                                   ->group(spec.group)
-                                   ->option_text(fmt::format("[{}]", initial));
+      CLI::Option* on = app->add_flag("--" + spec.name, spec.help)->group(spec.group);
+      CLI::Option* off =
+          app->add_flag("--no-" + spec.name, std::string("The opposite"))->group(spec.group);
+      on->option_text(fmt::format("[{}]", initial))->excludes(off);
+      bool_flags_[spec.name] = {on, off};
       return;
     }
     CLI::Option* option =
@@ -98,9 +100,8 @@ class SettingsFlags {
   std::string config_file_;
   bool print_config_ = false;
   std::map<std::string, std::vector<std::string>> raw_;
-  std::map<std::string, bool> bools_;
   std::map<std::string, CLI::Option*> flags_;
-  std::map<std::string, CLI::Option*> bool_flags_;
+  std::map<std::string, std::pair<CLI::Option*, CLI::Option*>> bool_flags_;  // --x, --no-x
 };
 
 const std::set<std::string> kLocalGroups = {"Model", "Compute and memory", "Scheduling"};
