@@ -77,8 +77,8 @@ class SettingsFlags {
     const std::string initial = spec.get();
     if (spec.kind == OptionSpec::Kind::kFlag) {
       CLI::Option* on = app->add_flag("--" + spec.name, spec.help)->group(spec.group);
-      CLI::Option* off =
-          app->add_flag("--no-" + spec.name, std::string("The opposite"))->group(spec.group);
+      CLI::Option* off = app->add_flag("--no-" + spec.name)->group(spec.group);
+      off->description("The opposite");
       on->option_text(fmt::format("[{}]", initial))->excludes(off);
       bool_flags_[spec.name] = {on, off};
       return;
