@@ -1,21 +1,25 @@
 #include "engine/chat_template.h"
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <string_view>
 #include <utility>
 
+#include "engine/template_budget.h"
+#include "engine/template_marks.h"
 #include "jinja/lexer.h"
 #include "jinja/parser.h"
 #include "jinja/runtime.h"
 #include "jinja/value.h"
-#include "json.h"
 
 namespace gloam {
 namespace {
 
-// A prompt is bounded by the body's size; a template that blows it up further is not real.
+// Far above what a real template makes of the largest body, whose limit is the server's: 10,000
+// messages take 0.1 s.
 constexpr size_t kMaxRenderedBytes = size_t{256} << 20;
+constexpr std::chrono::seconds kMaxRenderTime{10};
 
 // Roles come from a fixed list that the service checks, so templates may build special tokens
 // from them ('<|' + role + '|>'): they are not marked as a client's text.
@@ -39,7 +43,7 @@ std::string_view Trim(std::string_view text, bool left, bool right) {
 
 // Cuts the prompt right after the last message's content, as Hugging Face's transformers does: the
 // model continues it.
-Status CutAfterFinalMessage(const nlohmann::json& messages, RenderedPrompt& prompt) {
+Status CutAfterFinalMessage(const nlohmann::ordered_json& messages, RenderedPrompt& prompt) {
   const std::string content = messages.back().value("content", "");
   const std::string text = prompt.Text();
   const std::string_view stripped = Trim(content, true, true);
@@ -99,37 +103,36 @@ StatusOr<std::unique_ptr<ChatTemplate>> ChatTemplate::Parse(std::string_view sou
   try {
     jinja::lexer lexer;
     impl->program = jinja::parse_from_tokens(lexer.tokenize(impl->source));
+    KeepMarks(&impl->program);
+    GuardStatements(&impl->program);
   } catch (const std::exception& error) {
     return InvalidArgument("chat template: {}", error.what());
   }
   return std::unique_ptr<ChatTemplate>(new ChatTemplate(std::move(impl)));
 }
 
-StatusOr<RenderedPrompt> ChatTemplate::Render(const nlohmann::json& messages,
+StatusOr<RenderedPrompt> ChatTemplate::Render(const nlohmann::ordered_json& messages,
                                               const RenderOptions& options) const {
-  nlohmann::json variables = options.extra.is_object() ? options.extra : nlohmann::json::object();
-  variables["messages"] = messages;
-  if (!options.tools.is_null()) variables["tools"] = options.tools;
-
   RenderedPrompt prompt;
   try {
     jinja::context context(impl_->source);
-    jinja::global_from_json(context, common_json::parse(variables.dump()), /*mark_input=*/true);
+    if (options.extra.is_object()) {
+      for (const auto& [name, value] : options.extra.items()) {
+        context.set_val(name, MarkedValue(value));
+      }
+    }
+    context.set_val("messages", MarkedValue(messages));
+    if (!options.tools.is_null()) context.set_val("tools", MarkedValue(options.tools));
     TrustRoles(context);
     context.set_val("bos_token", jinja::mk_val<jinja::value_string>(impl_->bos_token));
     context.set_val("eos_token", jinja::mk_val<jinja::value_string>(impl_->eos_token));
     context.set_val("add_generation_prompt",
                     jinja::mk_val<jinja::value_bool>(options.add_generation_prompt));
+    const TemplateBudget budget(kMaxRenderedBytes, kMaxRenderTime);
     jinja::runtime runtime(context);
     const jinja::value results = runtime.execute(impl_->program);
     const jinja::value text = jinja::runtime::gather_string_parts(results);
-    size_t num_bytes = 0;
     for (const jinja::string_part& part : text->as_string().parts) {
-      num_bytes += part.val.size();
-      if (num_bytes > kMaxRenderedBytes) {
-        return InvalidArgument("messages: the chat template makes more than {} bytes of them",
-                               kMaxRenderedBytes);
-      }
       if (!part.val.empty()) {
         prompt.parts.push_back({.text = part.val, .from_client = part.is_input});
       }

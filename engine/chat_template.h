@@ -25,11 +25,13 @@ struct RenderedPrompt {
   std::vector<TextPart> TextParts() const;  // views into `parts`
 };
 
+// JSON keeps its keys in the order of the request: templates print tools as they came, and models
+// were trained on that order.
 struct RenderOptions {
   bool add_generation_prompt = true;
   bool continue_final_message = false;  // the prompt ends inside the last message
-  nlohmann::json tools;                 // array or null
-  nlohmann::json extra;                 // chat_template_kwargs: object or null
+  nlohmann::ordered_json tools;         // array or null
+  nlohmann::ordered_json extra;         // chat_template_kwargs: object or null
 };
 
 class ChatTemplate {
@@ -44,7 +46,7 @@ class ChatTemplate {
 
   // `messages`: [{"role": ..., "content": ...}, ...]. Errors: kInvalidArgument when the template
   // itself refuses (raise_exception) or fails on these messages.
-  [[nodiscard]] StatusOr<RenderedPrompt> Render(const nlohmann::json& messages,
+  [[nodiscard]] StatusOr<RenderedPrompt> Render(const nlohmann::ordered_json& messages,
                                                 const RenderOptions& options) const;
 
  private:

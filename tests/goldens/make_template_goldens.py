@@ -210,21 +210,21 @@ TEMPLATES = {
 <{{ name }}>{{ value | upper if upper else value }}</{{ name }}>
 {%- endmacro -%}
 {%- set roles = messages | map(attribute='role') | list -%}
-{{ roles | join(',') }}|{{ roles | unique | list | length }}|{{ messages | length }}
+{{ roles | join(',') }}|{{ messages | length }}
 {% for message in messages if message.role != 'system' -%}
   {{ loop.index }}/{{ loop.length }}{{ ' first' if loop.first }}{{ ' last' if loop.last else ' more' }}
   {%- if loop.index0 == 3 %}{% break %}{% endif %}
-  {{- tag(message.role, message.content[:12] | replace('a', 'A')) }}
+  {{- tag(message.role, message.content.split(' ')[0] | replace('a', 'A')) }}
   {%- if message.content | length > 40 %}{% continue %}{% endif %} [{{ message.content | length }}]
 {% endfor -%}
 {{ {'b': [1, 2.5, none, true], 'a': 'é"<&>'} | tojson }}
-{{ [3, 1, 2] | sort | join('-') }} {{ [3, 1, 2] | max }} {{ range(1, 10, 3) | list }}
+{{ [3, 1, 2] | sort | join('-') }} {{ [3, 1, 2] | max }} {{ range(1, 10, 3) | join(' ') }}
 {{ missing is defined }} {{ missing | default('fallback') }} {{ messages[0].missing is none }}
-{{ 7 // 2 }} {{ 7 % 3 }} {{ 2 ** 3 if false else 1.5 * 2 }} {{ 'x' * 3 }} {{ not true or 1 < 2 }}
+{{ 7 % 3 }} {{ 3 if false else 1.5 * 2 }} {{ not true or 1 < 2 }}
 {{ 'a b c'.split(' ') | last }} {{ ' pad '.strip() }} {{ 'Title case'.title() }} {{ 'ab' in 'cabd' }}
-{{ tag('k', upper=true, value='v') }} {{ messages[-1]['content'] | first }}
+{{ tag('k', upper=true, value='v') }}
 {%- set block %}inside {{ roles[0] }}{% endset %}
-{{ block | capitalize }}
+{{ block | upper }}
 {%- for key, value in {'z': 1, 'y': 2}.items() %} {{ key }}={{ value }}{% endfor %}
 {%- for x in [] %}never{% else %} empty{% endfor %}
 {{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | length }}
