@@ -14,8 +14,8 @@ namespace gloam::internal {
 
 }  // namespace gloam::internal
 
-#define GLOAM_CHECK(condition)                                                       \
-  do {                                                                               \
-    if (!(condition)) [[unlikely]]                                                   \
-      ::gloam::internal::CheckFailed(__FILE__, __LINE__, #condition);                \
+#define GLOAM_CHECK(condition)                                        \
+  do {                                                                \
+    if (!(condition)) [[unlikely]]                                    \
+      ::gloam::internal::CheckFailed(__FILE__, __LINE__, #condition); \
   } while (false)

@@ -5,6 +5,9 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 
+# Compiled objects are found again in another checkout of the same sources.
+export CCACHE_BASEDIR=$ROOT CCACHE_NOHASHDIR=true
+
 _step_name=""
 _step_started=0
 

@@ -39,11 +39,11 @@ struct SamplingParams {
 };
 
 struct Request {
-  std::string id;                     // for logs and answers; unique per process
-  std::vector<int32_t> prompt;        // token ids, not empty
+  std::string id;               // for logs and answers; unique per process
+  std::vector<int32_t> prompt;  // token ids, not empty
   SamplingParams sampling;
-  int n = 1;                          // independent answers to the same prompt
-  int priority = 0;                   // lower runs first, as in vLLM; equal: first come
+  int n = 1;         // independent answers to the same prompt
+  int priority = 0;  // lower runs first, as in vLLM; equal: first come
   std::optional<std::chrono::steady_clock::time_point> deadline;
 };
 
@@ -60,10 +60,10 @@ struct OutputDelta {
   int index = 0;  // which of the n answers
   std::string text;
   std::vector<int32_t> tokens;
-  std::vector<SampleResult> logprobs;           // one per token, when asked for
-  std::optional<FinishReason> finish_reason;    // set on the answer's last delta
-  std::optional<std::string> stop_reason;       // the stop string, or the stop token's id in digits
-  Status error;                                 // with kError
+  std::vector<SampleResult> logprobs;         // one per token, when asked for
+  std::optional<FinishReason> finish_reason;  // set on the answer's last delta
+  std::optional<std::string> stop_reason;     // the stop string, or the stop token's id in digits
+  Status error;                               // with kError
 };
 
 // Facts of the whole request, delivered once, after the last answer ended.

@@ -41,7 +41,7 @@ struct ModelConfig {
   int sliding_window = 0;             // 0: none
   bool qk_norm = false;               // Qwen3
   bool tie_embeddings = false;
-  bool attention_bias = false;        // Qwen2: biases on Q, K, V
+  bool attention_bias = false;  // Qwen2: biases on Q, K, V
 };
 
 // A model's generation_config.json: defaults for requests that do not say.

@@ -1,8 +1,8 @@
 // tokenizer.json and tokenizer.model against `tokenizers` and `sentencepiece`, over small
 // vocabularies with the configurations of known families.
+#include <unistd.h>
 #include <filesystem>
 #include <fstream>
-#include <unistd.h>
 
 #include "catch2/catch.hpp"
 #include "models/tokenizer/tokenizer_factory.h"
@@ -154,14 +154,13 @@ TEST_CASE("tokenizer_config.json: BOS, EOS, legacy, added tokens") {
   folder.Write("tokenizer.model", ReadGoldenBytes("sentencepiece_bpe.model"));
   const auto plain = Load(folder);
   const int size = plain->vocab_size();
-  const json config = {
-      {"bos_token", "<s>"},
-      {"eos_token", {{"content", "<|im_end|>"}}},
-      {"add_bos_token", false},
-      {"add_eos_token", true},
-      {"legacy", false},
-      {"added_tokens_decoder",
-       {{std::to_string(size), {{"content", "<|im_end|>"}, {"special", true}}}}}};
+  const json config = {{"bos_token", "<s>"},
+                       {"eos_token", {{"content", "<|im_end|>"}}},
+                       {"add_bos_token", false},
+                       {"add_eos_token", true},
+                       {"legacy", false},
+                       {"added_tokens_decoder",
+                        {{std::to_string(size), {{"content", "<|im_end|>"}, {"special", true}}}}}};
   folder.Write("tokenizer_config.json", config.dump());
   const auto tokenizer = Load(folder);
   CHECK(tokenizer->vocab_size() == size + 1);
@@ -206,9 +205,8 @@ TEST_CASE("what a folder asks for and we lack is named") {
   document["pre_tokenizer"] = {{"type", "Sequence"},
                                {"pretokenizers", {{{"type", "Punctuation"}}}}};
   check(document, StatusCode::kUnimplemented, "pre_tokenizer.pretokenizers[0]: the pre-tokenizer");
-  document["pre_tokenizer"] = {{"type", "Split"},
-                               {"pattern", {{"Regex", "[a&&b]"}}},
-                               {"behavior", "Isolated"}};
+  document["pre_tokenizer"] = {
+      {"type", "Split"}, {"pattern", {{"Regex", "[a&&b]"}}}, {"behavior", "Isolated"}};
   check(document, StatusCode::kUnimplemented, "pre_tokenizer.pattern");
   document["pre_tokenizer"]["pattern"]["Regex"] = "(";
   check(document, StatusCode::kInvalidArgument, "pre_tokenizer.pattern");
