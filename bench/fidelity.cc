@@ -36,13 +36,14 @@ Status Measure(const std::string& name, CpuActivations activations,
                          ReadLogitGoldens("tests/goldens/logits_" + name + ".json"));
   const auto ops = MakeCpuOps({.num_threads = options.threads, .activations = activations});
   GLOAM_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(CatalogueModelPath(name), *ops, {}));
+  const DType kv_dtype = exact ? DType::kF32 : DefaultKvDType(loaded.model->config());
   const auto begin = std::chrono::steady_clock::now();
-  const std::vector<FidelityStats> results = MeasureFidelity(
-      *loaded.model, *ops, exact ? DType::kF32 : DType::kF16, prompts, options.noise);
+  const std::vector<FidelityStats> results =
+      MeasureFidelity(*loaded.model, *ops, kv_dtype, prompts, options.noise);
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
 
   fmt::print("{}, {} ({:.1f} s)\n", name,
-             exact ? "fp32 activations, fp32 KV" : "int8 activations, f16 KV", elapsed.count());
+             exact ? "fp32 activations, fp32 KV" : "int8 activations, 16-bit KV", elapsed.count());
   fmt::print("  {:<22} {:>6} {:>9} {:>9} {:>9} {:>6} {:>9} {:>9}\n", "prompt", "rows", "mean |d|",
              "max |d|", "d NLL", "clear", "disagree", "margin");
   FidelityStats total;

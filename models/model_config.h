@@ -44,6 +44,14 @@ struct ModelConfig {
   bool attention_bias = false;  // Qwen2: biases on Q, K, V
 };
 
+// The type of KV cache that keeps the model's answers close to the reference at two bytes an
+// element: bf16, unless biases make the keys large. Those of Qwen2.5-Coder-0.5B reach 220, where
+// bf16 rounds by up to 0.5: its mean distance from the reference is 0.034 with bf16 and 0.024 with
+// fp16 (48 prompts, bench/fidelity, 2026-11-22).
+inline DType DefaultKvDType(const ModelConfig& config) {
+  return config.attention_bias ? DType::kF16 : DType::kBF16;
+}
+
 // A model's generation_config.json: defaults for requests that do not say.
 struct GenerationDefaults {
   std::optional<float> temperature, top_p, min_p, repetition_penalty;

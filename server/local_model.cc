@@ -93,7 +93,6 @@ StatusOr<std::unique_ptr<LocalModel>> LocalModel::Load(const ServeOptions& optio
   cpu.activations = options.activations == "f32" ? CpuActivations::kF32 : CpuActivations::kInt8;
   local->ops_ = MakeCpuOps(cpu);
   local->activations_ = options.activations;
-  local->kv_cache_dtype_ = options.kv_cache_dtype == "auto" ? "f16" : options.kv_cache_dtype;
 
   LoadProgress progress(name);
   LoadOptions load;
@@ -102,6 +101,11 @@ StatusOr<std::unique_ptr<LocalModel>> LocalModel::Load(const ServeOptions& optio
   progress.Finish();
   if (!loaded.ok()) return loaded.status();
   local->weight_bytes_ = loaded->model->weight_bytes();
+  local->kv_cache_dtype_ = options.kv_cache_dtype;
+  if (local->kv_cache_dtype_ == "auto") {
+    const bool half = DefaultKvDType(loaded->model->config()) == DType::kF16;
+    local->kv_cache_dtype_ = half ? "f16" : "bf16";
+  }
   local->tokenizer_ = std::move(loaded->tokenizer);
   GLOAM_ASSIGN_OR_RETURN(local->chat_template_,
                          MakeChatTemplate(options, loaded->chat_template, *local->tokenizer_));

@@ -199,7 +199,7 @@ OptionTable::OptionTable(ServeOptions* o) {
   compute.Choice("activations", &o->activations, {"int8", "f32"},
                  "Arithmetic of the CPU backend: int8 is fast, f32 is closest to the reference");
   compute.Choice("kv-cache-dtype", &o->kv_cache_dtype, {"auto", "f16", "bf16", "f32"},
-                 "Type of the KV cache (auto: f16 on the CPU)");
+                 "Type of the KV cache (auto: bf16, or f16 for models with attention biases)");
   compute.Bytes("kv-cache-memory", &o->kv_cache_memory,
                 "Memory of the KV cache, e.g. 2G (default: a quarter of what is free)", "auto");
 

@@ -116,6 +116,8 @@ class AttentionRun {
   int64_t PartialBytes(int64_t num_rows) const;
 
   void RunItem(const WorkItem& item, int kv_head, int thread) const;
+  // Asks for the first keys and values that RunItem(item, kv_head) will read.
+  void PrefetchItem(const WorkItem& item, int kv_head) const;
   AttentionPartial PartialOf(const WorkItem& item, int kv_head, int64_t partition) const;
   void WriteOutput(const TokenTile& tile, int kv_head, const AttentionPartial& total) const;
 
@@ -260,10 +262,15 @@ void AttentionRun::Execute(ThreadPool& pool, Scratch& scratch) {
   carve(Carver(scratch.Get(carve(Carver(nullptr)))));
   PlanItems();
 
-  const auto task = [this](int64_t index, int thread) {
+  const int64_t num_tasks = num_items_ * num_kv_heads_;
+  const auto task = [this, num_tasks](int64_t index, int thread) {
+    // Probably this thread's next one: a short context is over before its first miss is served.
+    const int64_t next = index + num_threads_;
+    if (next < num_tasks) {
+      PrefetchItem(items_[next / num_kv_heads_], static_cast<int>(next % num_kv_heads_));
+    }
     RunItem(items_[index / num_kv_heads_], static_cast<int>(index % num_kv_heads_), thread);
   };
-  const int64_t num_tasks = num_items_ * num_kv_heads_;
   if (num_threads_ > 1) {
     pool.ParallelFor(num_tasks, task);
   } else {
@@ -278,6 +285,30 @@ AttentionPartial AttentionRun::PartialOf(const WorkItem& item, int kv_head,
       kv_head * item.tile.num_partitions + (partition - item.tile.first_partition);
   Carver carver(partials_ + splits_[item.split].first_byte + index * PartialBytes(num_rows));
   return carver.TakePartial(num_rows, head_dim_);
+}
+
+void AttentionRun::PrefetchItem(const WorkItem& item, int kv_head) const {
+  const KvLayerView& kv = params_.kv;
+  const int64_t run_bytes =
+      kv.layout.head_run_elements() * static_cast<int64_t>(DTypeBytes(kv.layout.dtype));
+  const int32_t* table =
+      params_.batch.block_tables + int64_t{item.tile.seq} * params_.batch.max_blocks_per_seq;
+  const int64_t last_position =
+      params_.batch.positions[item.tile.first_token + item.tile.num_tokens - 1];
+  const int64_t first_block =
+      std::max<int64_t>(item.first_partition * kPartitionTokens,
+                        params_.batch.positions[item.tile.first_token] - window_ + 1) /
+      kBlockTokens;
+  for (int64_t block = first_block;
+       block < first_block + kGroupBlocks && block <= last_position / kBlockTokens; ++block) {
+    const char* keys = static_cast<const char*>(kv.data) + table[block] * kv.layout.block_bytes() +
+                       kv_head * run_bytes;
+    const char* values = keys + kv.layout.num_kv_heads * run_bytes;
+    for (int64_t at = 0; at < run_bytes; at += 64) {
+      __builtin_prefetch(keys + at);
+      __builtin_prefetch(values + at);
+    }
+  }
 }
 
 void AttentionRun::RunItem(const WorkItem& item, int kv_head, int thread) const {
