@@ -21,8 +21,10 @@ class Gate {
   void Pass() {
     std::unique_lock lock(mutex_);
     ++num_arrivals_;
+    held_ = true;
     changed_.notify_all();
     changed_.wait(lock, [this] { return open_ || num_permits_ > 0; });
+    held_ = false;
     if (!open_) --num_permits_;
   }
   void Close() {
@@ -30,6 +32,11 @@ class Gate {
   }
   void Open() {
     Set([this] { open_ = true; });
+  }
+  // Waits until the model stands before the closed gate.
+  void WaitUntilHeld() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return held_ && !open_ && num_permits_ == 0; });
   }
   void LetOnePass() {
     Set([this] { ++num_permits_; });
@@ -54,6 +61,7 @@ class Gate {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool open_ = true;
+  bool held_ = false;
   int num_permits_ = 0;
   int num_arrivals_ = 0;
 };
