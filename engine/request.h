@@ -84,7 +84,7 @@ struct SparsityUsage {
   double context_tokens = 0;
   int64_t sparse_steps = 0;    // decoded tokens under the policy
   int64_t bypassed_steps = 0;  // decoded tokens that ran dense: context below bypass_below_tokens
-  std::optional<double> true_mass;  // of the full softmax, 0 to 1; with report_true_mass
+  std::optional<double> true_mass = {};  // of the full softmax, 0 to 1; with report_true_mass
 };
 
 // How metrics and answers call the policy.
@@ -96,8 +96,8 @@ inline std::string_view PolicyLabel(const SparsityUsage& usage) {
 struct RequestSummary {
   int prompt_tokens = 0;
   int completion_tokens = 0;
-  int cached_tokens = 0;                  // prompt tokens found in the prefix cache
-  std::optional<SparsityUsage> sparsity;  // of requests with a policy
+  int cached_tokens = 0;                       // prompt tokens found in the prefix cache
+  std::optional<SparsityUsage> sparsity = {};  // of requests with a policy
 };
 
 // Receives one request's output. The engine thread calls it and must never wait for it: an

@@ -46,9 +46,9 @@ struct NamedPolicy {
 
 // A named policy with changes.
 struct PolicyOverrides {
-  std::optional<double> p;              // weight_pruner.threshold of a top_p pruner
-  std::optional<int64_t> token_budget;  // the selector's
-  std::optional<bool> report_true_mass;
+  std::optional<double> p = {};              // weight_pruner.threshold of a top_p pruner
+  std::optional<int64_t> token_budget = {};  // the selector's
+  std::optional<bool> report_true_mass = {};
 
   bool empty() const { return !p && !token_budget && !report_true_mass; }
 };
