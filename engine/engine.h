@@ -23,6 +23,7 @@ struct EngineOptions {
   int64_t kv_cache_bytes = int64_t{1} << 30;
   DType kv_cache_dtype = DType::kBF16;
   bool enable_prefix_caching = true;
+  SidecarConfig sidecars;  // kept beside every block: what the enabled policies read
 };
 
 // A moment's state, for /metrics, the statistics line and tests.

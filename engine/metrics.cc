@@ -17,6 +17,13 @@ const Boundaries kRequestSeconds = {0.3,  0.5,   0.8,   1.0,   1.5,   2.0,    2.
                                     5.0,  10.0,  15.0,  20.0,  30.0,  40.0,   50.0,
                                     60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0};
 
+// Tokens, and a share of the context.
+const Boundaries kKeptTokens = {16,   32,   64,   128,  192,  256,   384,   512,  768,
+                                1024, 1536, 2048, 4096, 8192, 16384, 32768, 65536};
+const Boundaries kLoadedShare = {0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1,
+                                 0.15,  0.2,  0.3,  0.4,  0.5,  0.75,  1.0};
+constexpr const char* kCustomPolicy = "custom";
+
 prometheus::Labels LabelsOf(const std::string& model_name) {
   if (model_name.empty()) return {};
   return {{"model_name", model_name}};
@@ -41,11 +48,18 @@ const char* FinishedReason(FinishReason reason) {
 MetricsRegistry::MetricsRegistry(const std::string& model_name)
     : registry_(std::make_shared<prometheus::Registry>()),
       labels_(LabelsOf(model_name)),
-      request_success_(prometheus::BuildCounter()
-                           .Name("gloam:request_success_total")
-                           .Help("Answers that ended, by reason.")
-                           .Labels(labels_)
-                           .Register(*registry_)),
+      request_success_(
+          AddCounters("gloam:request_success_total", "Answers that ended, by reason.")),
+      sparsity_kept_tokens_(AddHistograms("gloam:sparsity_kept_tokens_per_head",
+                                          "A request's mean of tokens kept per query head.")),
+      sparsity_loaded_share_(
+          AddHistograms("gloam:sparsity_loaded_share",
+                        "A request's mean share of the context that was read, 0 to 1.")),
+      sparsity_sparse_steps_(AddCounters("gloam:sparsity_sparse_steps_total",
+                                         "Tokens decoded with sparse attention.")),
+      sparsity_bypassed_steps_(
+          AddCounters("gloam:sparsity_bypassed_steps_total",
+                      "Tokens decoded densely because the context was still short.")),
       num_requests_running(AddGauge("gloam:num_requests_running", "Answers in the running batch.")),
       num_requests_waiting(
           AddGauge("gloam:num_requests_waiting", "Answers that wait for a place in the batch.")),
@@ -86,22 +100,34 @@ prometheus::Gauge& MetricsRegistry::AddGauge(const char* name, const char* help)
 }
 
 prometheus::Counter& MetricsRegistry::AddCounter(const char* name, const char* help) {
-  return prometheus::BuildCounter()
-      .Name(name)
-      .Help(help)
-      .Labels(labels_)
-      .Register(*registry_)
-      .Add({});
+  return AddCounters(name, help).Add({});
 }
 
 prometheus::Histogram& MetricsRegistry::AddHistogram(const char* name, const char* help,
                                                      const Boundaries& boundaries) {
-  return prometheus::BuildHistogram()
-      .Name(name)
-      .Help(help)
-      .Labels(labels_)
-      .Register(*registry_)
-      .Add({}, boundaries);
+  return AddHistograms(name, help).Add({}, boundaries);
+}
+
+prometheus::Family<prometheus::Counter>& MetricsRegistry::AddCounters(const char* name,
+                                                                      const char* help) {
+  return prometheus::BuildCounter().Name(name).Help(help).Labels(labels_).Register(*registry_);
+}
+
+prometheus::Family<prometheus::Histogram>& MetricsRegistry::AddHistograms(const char* name,
+                                                                          const char* help) {
+  return prometheus::BuildHistogram().Name(name).Help(help).Labels(labels_).Register(*registry_);
+}
+
+void MetricsRegistry::ObserveSparsity(const SparsityUsage& usage) {
+  const prometheus::Labels labels = {
+      {"policy", usage.policy.empty() ? kCustomPolicy : usage.policy}};
+  sparsity_sparse_steps_.Add(labels).Increment(static_cast<double>(usage.sparse_steps));
+  sparsity_bypassed_steps_.Add(labels).Increment(static_cast<double>(usage.bypassed_steps));
+  auto& kept_tokens = sparsity_kept_tokens_.Add(labels, kKeptTokens);
+  auto& loaded_share = sparsity_loaded_share_.Add(labels, kLoadedShare);
+  if (usage.sparse_steps == 0) return;
+  kept_tokens.Observe(usage.kept_tokens_per_head);
+  loaded_share.Observe(usage.loaded_share);
 }
 
 void MetricsRegistry::SetCacheConfig(int block_size, int64_t num_blocks) {

@@ -30,6 +30,10 @@ class MetricsRegistry {
   // Publishes gloam:cache_config_info, whose labels are the cache's facts and whose value is 1.
   void SetCacheConfig(int block_size, int64_t num_blocks);
 
+  // Adds one ended request's sparsity to its policy's metrics; a policy given in the request counts
+  // as "custom".
+  void ObserveSparsity(const SparsityUsage& usage);
+
   // The counter of ended answers with this reason.
   prometheus::Counter& RequestSuccess(FinishReason reason);
 
@@ -38,10 +42,16 @@ class MetricsRegistry {
   prometheus::Counter& AddCounter(const char* name, const char* help);
   prometheus::Histogram& AddHistogram(const char* name, const char* help,
                                       const prometheus::Histogram::BucketBoundaries& boundaries);
+  prometheus::Family<prometheus::Counter>& AddCounters(const char* name, const char* help);
+  prometheus::Family<prometheus::Histogram>& AddHistograms(const char* name, const char* help);
 
   std::shared_ptr<prometheus::Registry> registry_;
   prometheus::Labels labels_;
   prometheus::Family<prometheus::Counter>& request_success_;
+  prometheus::Family<prometheus::Histogram>& sparsity_kept_tokens_;
+  prometheus::Family<prometheus::Histogram>& sparsity_loaded_share_;
+  prometheus::Family<prometheus::Counter>& sparsity_sparse_steps_;
+  prometheus::Family<prometheus::Counter>& sparsity_bypassed_steps_;
 
  public:
   prometheus::Gauge& num_requests_running;

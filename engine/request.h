@@ -13,6 +13,7 @@
 
 #include "base/status.h"
 #include "kernels/sample.h"
+#include "kernels/sparsity_policy.h"
 
 namespace gloam {
 
@@ -42,6 +43,12 @@ struct Request {
   std::string id;               // for logs and answers; unique per process
   std::vector<int32_t> prompt;  // token ids, not empty
   SamplingParams sampling;
+  // How decode attention chooses its tokens; its sidecars are among EngineOptions::sidecars. Null:
+  // dense.
+  std::shared_ptr<const SparsityPolicy> sparsity;
+  // So many of the prompt's last tokens are computed as decode steps are, under the policy: for
+  // evaluations, whose text is given. Less than the prompt's length.
+  int num_decoded_prompt_tokens = 0;
   int n = 1;         // independent answers to the same prompt
   int priority = 0;  // lower runs first, as in vLLM; equal: first come
   std::optional<std::chrono::steady_clock::time_point> deadline;
@@ -66,11 +73,25 @@ struct OutputDelta {
   Status error;                               // with kError
 };
 
+// What sparse attention did over one request. Means are over the decode steps that ran sparse,
+// their sparse layers and heads; 0 where no step did.
+struct SparsityUsage {
+  std::string policy;                    // its name; empty for a policy given in the request
+  double kept_tokens_per_head = 0;       // per query head: the paper's budget
+  double loaded_tokens_per_kv_head = 0;  // whose keys and values were read: union of the group
+  double loaded_share = 0;               // of the context, 0 to 1
+  double context_tokens = 0;
+  int64_t sparse_steps = 0;    // decoded tokens under the policy
+  int64_t bypassed_steps = 0;  // decoded tokens that ran dense: context below bypass_below_tokens
+  std::optional<double> true_mass;  // of the full softmax, 0 to 1; with report_true_mass
+};
+
 // Facts of the whole request, delivered once, after the last answer ended.
 struct RequestSummary {
   int prompt_tokens = 0;
   int completion_tokens = 0;
-  int cached_tokens = 0;  // prompt tokens found in the prefix cache
+  int cached_tokens = 0;                  // prompt tokens found in the prefix cache
+  std::optional<SparsityUsage> sparsity;  // of requests with a policy
 };
 
 // Receives one request's output. The engine thread calls it and must never wait for it: an

@@ -3,6 +3,7 @@
 // kernels/selectors/registry.cc; docs/add_selector.md walks through a real one.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -14,13 +15,31 @@
 
 namespace gloam {
 
+enum class KeyUse : uint8_t {
+  kRequired,
+  kOptional,  // NumberKey::default_value where it is not given
+  kOneOf,     // exactly one of the selector's keys marked so is given
+};
+
 // A numeric key of a selector's configuration.
 struct NumberKey {
   std::string_view name;
-  double min = 0, max = 0;
+  double min = 0;
+  double max = 0;
   bool integer = true;
-  double default_value = 0;  // NaN: the key is required
+  KeyUse use = KeyUse::kRequired;
+  double default_value = 0;
+  std::span<const double> allowed = {};  // where not empty: the only values
 };
+
+// The keys of a selector that reads a file of calibrated channels
+// (models/attention/channel_table.h).
+struct ChannelFileKeys {
+  std::string_view path;        // key of the file's path
+  std::string_view projection;  // key of one of kChannelProjections; the first is the default
+  std::string_view count;       // the number key that says how many channels a head uses
+};
+inline constexpr std::array<std::string_view, 3> kChannelProjections = {"qk", "q", "k"};
 
 // The full blocks of one sequence, for one KV head.
 struct KeyBlocks {
@@ -46,13 +65,13 @@ struct SelectParams {
   int64_t context_len = 0;  // tokens, those of the open block included
   int layer = 0;
   // Candidates in: [num_heads][num_blocks], what may be selected (a compressor or a caller may have
-  // taken tokens out). Selected tokens out: a subset of it. Tokens of the open block are kept by
-  // the caller.
+  // taken tokens out). Selected tokens out: a subset of it. Tokens of the open block, which are
+  // context_len - 16 * num_blocks, are kept by the caller; a budget counts them.
   TokenMask* masks = nullptr;
   // The sets that this row and KV head selected in the last layer that called Remember, and room
   // for this layer's: [num_heads][num_blocks]. Empty in the first sparse layer of a step.
   std::span<const TokenMask> remembered;
-  bool remember = false;  // set by Select: keep `masks` for the layers after this one
+  bool remember = false;     // set by Select: keep `masks` for the layers after this one
   float* scratch = nullptr;  // [num_heads][16 * num_blocks] floats, undefined contents
 };
 
@@ -62,14 +81,14 @@ class Selector {
 
   virtual std::string_view name() const = 0;  // `selector.type` in policies
 
-  // Keys beside `type`. `layer_list_key` takes a list of layers, `channel_file_key` the path of a
-  // channel file; empty where the selector has none.
+  // Keys beside `type`. `layer_list_key` takes a list of layers; empty where the selector has none.
+  // Null `channel_file_keys`: no channel file.
   virtual std::span<const NumberKey> number_keys() const { return {}; }
   virtual std::string_view layer_list_key() const { return {}; }
-  virtual std::string_view channel_file_key() const { return {}; }
+  virtual const ChannelFileKeys* channel_file_keys() const { return nullptr; }
 
-  // What the selector reads beside keys. The default: nothing.
-  virtual void AddSidecars(const SelectorConfig& config, SidecarConfig& sidecars) const;
+  // Adds what the selector reads beside keys. The default: nothing.
+  virtual void AddSidecars(const SelectorConfig& /*config*/, SidecarConfig& /*sidecars*/) const {}
 
   // CPU backend: narrows params.masks. Deterministic; ties go to the lowest index. Any thread.
   virtual void Select(SelectParams& params) const = 0;

@@ -17,9 +17,9 @@ class Selector;
 // The selector's settings: one value per key that it declares (kernels/selector.h).
 struct SelectorConfig {
   const Selector* selector = nullptr;  // never null in a finished policy
-  std::vector<double> numbers;         // by the selector's `number_keys`
-  std::vector<int> layers;             // of a key with a list of layers
-  std::shared_ptr<const ChannelTable> channels;  // of a key with a channel file
+  std::vector<double> numbers;         // by the selector's `number_keys`; NaN: not given
+  std::vector<int> layers;             // of the key with a list of layers: ascending, each once
+  std::shared_ptr<const ChannelTable> channels;  // of the channel file, as many as are used
 };
 
 enum class CompressorType : uint8_t { kNone, kSnapKv };
