@@ -40,6 +40,9 @@ class TimedOps final : public Ops {
   void Gemm(const GemmParams& params) override;
   void RopeAppendKv(const RopeKvParams& params) override;
   void Attention(const AttentionParams& params) override;
+  void UpdateSidecars(const UpdateSidecarsParams& params) override;
+  void CompressPrompt(const CompressPromptParams& params) override;
+  void SparseAttention(const SparseAttentionParams& params) override;
   void Sample(const SampleParams& params) override;
   void Score(const ScoreParams& params) override;
 

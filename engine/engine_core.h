@@ -19,6 +19,7 @@
 #include "engine/metrics.h"
 #include "engine/model_runner.h"
 #include "engine/scheduler.h"
+#include "engine/sparsity.h"
 
 namespace gloam {
 
@@ -33,6 +34,7 @@ struct ActiveRequest {
   bool started = false;      // part of a step at least once
   bool prompt_done = false;  // the first answer has computed the prompt; the others may begin
   std::vector<SampleResult> prompt_logprobs;
+  SparsityTotals sparsity;
 };
 
 class EngineCore {
@@ -84,6 +86,7 @@ class EngineCore {
   void NoteStarts(const StepPlan& plan);
   void ScorePrompts(const StepPlan& plan, const TensorView& logits);
   void SampleTokens(const StepPlan& plan, const TensorView& logits);
+  void CountSparsity(const StepPlan& plan, const StepSparsity& sparsity);
   void AcceptToken(Answer& answer, SampleResult result, Clock::time_point now);
   void FinishPrompt(ActiveRequest& active);
   void FinishAnswer(Answer& answer, Clock::time_point now);

@@ -113,8 +113,8 @@ class HeadTask {
   int64_t BlockId(int64_t block) const { return keys_.block_table[block]; }
   const char* KeyRow(int64_t token) const {
     return static_cast<const char*>(params_.kv.data) +
-           BlockId(token / kBlockTokens) * params_.kv.layout.block_bytes() +
-           kv_head_ * run_bytes_ + token % kBlockTokens * row_bytes_;
+           BlockId(token / kBlockTokens) * params_.kv.layout.block_bytes() + kv_head_ * run_bytes_ +
+           token % kBlockTokens * row_bytes_;
   }
   TokenMask* MasksOf(TokenMask* masks, int head) const { return masks + head * num_blocks_; }
   float* RowOf(float* rows, int head) const { return rows + head * num_blocks_ * kBlockTokens; }
@@ -202,8 +202,8 @@ SparseHeadStats HeadTask::Run(SelectionMemory& selections, size_t slot) {
 void HeadTask::StageQueries() {
   const TensorView& q = params_.q;
   for (int head = 0; head < num_heads_; ++head) {
-    const int64_t at = row_.token * q.strides[0] +
-                       (int64_t{kv_head_} * num_heads_ + head) * q.strides[1];
+    const int64_t at =
+        row_.token * q.strides[0] + (int64_t{kv_head_} * num_heads_ + head) * q.strides[1];
     ScaleRow(static_cast<const float*>(q.data) + at, params_.scale, head_dim_,
              memory_.workspace.queries + int64_t{head} * head_dim_);
   }
@@ -397,8 +397,8 @@ void HeadTask::AddTail() {
 void HeadTask::WriteOutput() {
   const TensorView& out = params_.out;
   for (int head = 0; head < num_heads_; ++head) {
-    const int64_t at = row_.token * out.strides[0] +
-                       (int64_t{kv_head_} * num_heads_ + head) * out.strides[1];
+    const int64_t at =
+        row_.token * out.strides[0] + (int64_t{kv_head_} * num_heads_ + head) * out.strides[1];
     ScaleRow(memory_.total.acc + int64_t{head} * head_dim_, 1.0f / memory_.total.sum[head],
              head_dim_, static_cast<float*>(out.data) + at);
   }
@@ -491,8 +491,7 @@ void SparseAttention(const SparseAttentionParams& params, ThreadPool& pool, Scra
     const SparseRow& row = params.rows[index / num_kv_heads];
     const int kv_head = static_cast<int>(index % num_kv_heads);
     const size_t slot = static_cast<size_t>(row.token) * num_kv_heads + kv_head;
-    params.stats[index] =
-        HeadTask(params, row, kv_head, task_memory).Run(memory, slot);
+    params.stats[index] = HeadTask(params, row, kv_head, task_memory).Run(memory, slot);
   });
 }
 

@@ -55,10 +55,10 @@ void AddMeansTile(const TailParams& params, int head, int channel, float* acc) {
     }
   }
   for (int64_t block = 0; block < num_blocks; ++block) {
-    const auto* means = reinterpret_cast<const T*>(params.keys.sidecars.At(
-                            SidecarKind::kMeanValues, params.keys.block_table[block],
-                            params.keys.kv_head)) +
-                        channel;
+    const auto* means =
+        reinterpret_cast<const T*>(params.keys.sidecars.At(
+            SidecarKind::kMeanValues, params.keys.block_table[block], params.keys.kv_head)) +
+        channel;
     VF mean[kNumVectors];
     HWY_UNROLL(8)
     for (int v = 0; v < kNumVectors; ++v) mean[v] = LoadMeans(means + v * kLanes);
@@ -108,7 +108,8 @@ void AddTailMeansTarget(const TailParams& params, const AttentionPartial& partia
       const int64_t end = std::min(num_blocks, first + blocks_per_mean);
       float mass = 0;
       for (int64_t block = first; block < end; ++block) {
-        if (kept[block] != kAllTokens) mass += LeftMass(weights + block * kBlockTokens, kept[block]);
+        if (kept[block] != kAllTokens)
+          mass += LeftMass(weights + block * kBlockTokens, kept[block]);
       }
       std::fill(masses + first, masses + end, mass / static_cast<float>(end - first));
       partial.sum[head] += mass;

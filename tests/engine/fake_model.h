@@ -48,6 +48,9 @@ class FakeOps : public Ops {
   void Gemm(const GemmParams&) override { Unreachable(); }
   void RopeAppendKv(const RopeKvParams&) override { Unreachable(); }
   void Attention(const AttentionParams&) override { Unreachable(); }
+  void UpdateSidecars(const UpdateSidecarsParams&) override { Unreachable(); }
+  void CompressPrompt(const CompressPromptParams&) override { Unreachable(); }
+  void SparseAttention(const SparseAttentionParams&) override { Unreachable(); }
 
   void Sample(const SampleParams& params) override {
     const int64_t vocab_size = params.logits.shape[1];
