@@ -18,10 +18,32 @@ struct EstimateParams {
   float* logits = nullptr;           // [num_heads][16 * num_blocks]
 };
 
+// The same from the calibrated channels alone: logits[head][token] = sum over the KV head's label
+// channels of queries[head][channel] * k~[token][channel]. Needs kLabels.
+struct EstimateFromLabelsParams {
+  KeyBlocks keys;
+  int layer = 0;                   // for the calibrated channels
+  const float* queries = nullptr;  // [num_heads, head_dim]
+  int num_heads = 0;
+  int head_dim = 0;
+  const TokenMask* masks = nullptr;  // [num_heads][num_blocks] candidates
+  float* logits = nullptr;           // [num_heads][16 * num_blocks]
+};
+
 namespace cpu {
 
-// CPU backend; one decode row and KV head; any thread. kNone computes exact logits from the keys.
+// CPU backend; one decode row and KV head; any thread; at most kMaxGroupHeads heads. A block's
+// logits are a function of the block and a head's query alone, the same on every instruction set
+// but for kNone, which computes exact logits from the keys in fp32. With quants, k~ as in
+// sidecars.h, the query's weights are rounded to integers on the way: with w the products of query
+// and step (of query alone, for quants per token) a logit is off by at most
+//   block quants of 2 and 4 bits   d * (2^b - 1) / 2 * max |w| / 254
+//   others                         d * (2^b - 1) / 2 * max |w| / 32512 (times the token's scale)
+// and the rounding of fp32. That is about a tenth of what the quants themselves cost, or less.
 void Estimate(const EstimateParams& params);
+void EstimateFromLabels(const EstimateFromLabelsParams& params);
+
+inline constexpr int kMaxGroupHeads = 32;
 
 }  // namespace cpu
 }  // namespace gloam

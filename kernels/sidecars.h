@@ -41,10 +41,10 @@ inline constexpr int kNumSidecarKinds = 6;
 // Which sidecars a policy needs, or a server keeps.
 struct SidecarConfig {
   bool ranges = false;
-  int block_quant_bits = 0;    // 2, 4 or 8; 0: none. Needs ranges
-  int min_max_quant_bits = 0;  // 2, 4 or 8; 0: none
-  int max_quant_bits = 0;      // 2, 4 or 8; 0: none
-  int label_bits = 0;          // 2, 4 or 8; 0: none
+  int block_quant_bits = 0;                            // 2, 4 or 8; 0: none. Needs ranges
+  int min_max_quant_bits = 0;                          // 2, 4 or 8; 0: none
+  int max_quant_bits = 0;                              // 2, 4 or 8; 0: none
+  int label_bits = 0;                                  // 2, 4 or 8; 0: none
   std::shared_ptr<const ChannelTable> label_channels;  // with label_bits
   bool mean_values = false;
 
@@ -55,15 +55,29 @@ struct SidecarConfig {
   int num_labels() const { return label_bits == 0 ? 0 : label_channels->num_channels; }
 };
 
+// Most channels of a head that sidecars are made for.
+inline constexpr int kMaxSidecarHeadDim = 256;
+
 // Bytes of one block and KV head, by kind; each a multiple of 64, zero for kinds not kept. With d
 // channels and b bits, 16 tokens:
 //   kRanges       [2][d] of the cache's type: minima, then maxima (exact: they are elements)
 //   kBlockQuant   d * 16 * b / 8 bytes of quants
 //   kMinMaxQuant  fp16 scale[16], fp16 minimum[16], then d * 16 * b / 8 bytes of quants
 //   kMaxQuant     fp16 scale[16], then (from byte 64) d * 16 * b / 8 bytes of quants
-//   kLabels       as kMinMaxQuant over num_labels channels, padded to a multiple of 4
+//   kLabels       as kMinMaxQuant over num_labels channels, in whole rows of 64 bytes
 //   kMeanValues   [d] of the cache's type
-// The order of the quants within a kind is the backend's own.
+// The order of the quants within a kind is the backend's own (the CPU's: kernels/cpu/quant_rows.h).
+//
+// What a key k is kept as, and how far k~ may be off it, rounding of fp32 aside (2^-20 of a step):
+//   per channel of a block  k~ = min + n * step, step = (max - min) / (2^b - 1): step / 2
+//   per token               k~ = minimum + n * scale, scale >= (max - minimum) / (2^b - 1), minimum
+//                           rounded down to fp16 and scale up: scale / 2, where scale is at most
+//                           2^-10 of itself and 2^-10 |minimum| / (2^b - 1) + 2^-24 above the ideal
+//   per token, symmetric    k~ = n * scale, scale >= max |k| / (2^(b-1) - 1), rounded up: scale / 2
+// Per token, keys past the largest fp16 saturate: scale and minimum stay finite.
+//
+// CHECKs that the configuration is one that a backend can keep: bits of 2, 4 or 8, channels per
+// head a multiple of 16 and at most kMaxSidecarHeadDim, labels with their channels.
 int64_t SidecarBytes(SidecarKind kind, const SidecarConfig& config, const KvLayout& kv);
 // Sum over kinds and KV heads: what one block costs beside its keys and values, in one layer.
 int64_t SidecarBlockBytes(const SidecarConfig& config, const KvLayout& kv);
@@ -82,8 +96,9 @@ struct SidecarLayerView {
   }
 };
 
-// Computes the sidecars of every block that this step's tokens fill. The step's keys and values
-// are in the cache.
+// Computes the sidecars of every block that this step's tokens fill; other blocks stay as they are.
+// The step's keys and values are in the cache. A block's sidecars depend on its own keys and values
+// alone.
 struct UpdateSidecarsParams {
   SequenceBatch batch;
   KvLayerView kv;

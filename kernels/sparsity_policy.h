@@ -20,6 +20,8 @@ struct SelectorConfig {
   std::vector<double> numbers;         // by the selector's `number_keys`; NaN: not given
   std::vector<int> layers;             // of the key with a list of layers: ascending, each once
   std::shared_ptr<const ChannelTable> channels;  // of the channel file, as many as are used
+  std::string channel_file;                      // its path as the policy writes it
+  std::string channel_projection;                // one of kChannelProjections
 };
 
 enum class CompressorType : uint8_t { kNone, kSnapKv };

@@ -9,6 +9,7 @@
 #include "kernels/cpu/selection_memory.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/ops.h"
+#include "kernels/sidecars.h"
 
 namespace gloam::cpu {
 
@@ -34,6 +35,9 @@ void GatherRows(const GatherRowsParams& params);
 
 // rope_kv.cc
 void RopeAppendKv(const RopeKvParams& params, ThreadPool& pool);
+
+// sidecars.cc
+void UpdateSidecars(const UpdateSidecarsParams& params, ThreadPool& pool);
 
 // attention.cc
 void Attention(const AttentionParams& params, ThreadPool& pool, Scratch& scratch);
