@@ -81,6 +81,7 @@ EngineCore::EngineCore(const SchedulerOptions& options, const KvPlan& kv_plan, O
                        std::unique_ptr<Model> model, const Tokenizer& tokenizer,
                        MetricsRegistry& metrics, KvCachePool kv_pool, ModelRunner runner)
     : kv_plan_(kv_plan),
+      min_prefill_tokens_(std::max(1, options.max_num_batched_tokens - options.max_num_seqs + 1)),
       ops_(ops),
       model_(std::move(model)),
       tokenizer_(tokenizer),

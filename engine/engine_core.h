@@ -75,6 +75,8 @@ class EngineCore {
   int64_t num_requests_ended() const { return num_requests_ended_; }
 
   const KvPlan& kv_plan() const { return kv_plan_; }
+  // Prompt tokens that fit a step however many sequences decode.
+  int min_prefill_tokens() const { return min_prefill_tokens_; }
   const ModelConfig& model_config() const { return model_->config(); }
   [[nodiscard]] Status CheckIntegrity() const { return scheduler_.CheckIntegrity(); }
 
@@ -95,6 +97,7 @@ class EngineCore {
   void PublishStats();
 
   const KvPlan kv_plan_;
+  const int min_prefill_tokens_;
   Ops& ops_;
   const std::unique_ptr<Model> model_;
   const Tokenizer& tokenizer_;

@@ -5,6 +5,31 @@
 
 namespace gloam {
 
+Status CheckSparsity(const Request& request, const KvPlan& plan, int max_prefill_tokens) {
+  const auto num_prompt = static_cast<int>(request.prompt.size());
+  if (request.num_decoded_prompt_tokens < 0 || request.num_decoded_prompt_tokens >= num_prompt) {
+    return InvalidArgument("{} decoded prompt tokens are not in [0, {}), the prompt's length",
+                           request.num_decoded_prompt_tokens, num_prompt);
+  }
+  if (request.sparsity == nullptr) return OkStatus();
+  const SparsityPolicy& policy = *request.sparsity;
+  if (!Covers(plan.sidecars, SidecarsOf(policy))) {
+    return InvalidArgument("the policy \"{}\" reads sidecars that this engine does not keep",
+                           policy.name);
+  }
+  if (!policy.compresses()) return OkStatus();
+  if (policy.compressor.window_size > max_prefill_tokens) {
+    return InvalidArgument(
+        "compressor.window_size {} is above {}, the prompt tokens that a step is sure to have room "
+        "for (--max-num-batched-tokens less --max-num-seqs)",
+        policy.compressor.window_size, max_prefill_tokens);
+  }
+  if (request.sampling.num_prompt_logprobs >= 0) {
+    return InvalidArgument("prompt log-probabilities cannot be had with a prompt compressor");
+  }
+  return OkStatus();
+}
+
 void SetUpSparsity(const Request& request, const ModelConfig& config, Sequence& sequence) {
   if (request.sparsity == nullptr) return;
   const SparsityPolicy& policy = *request.sparsity;

@@ -5,12 +5,18 @@
 #include <cstdint>
 #include <span>
 
+#include "base/status.h"
+#include "engine/kv_cache_pool.h"
 #include "engine/request.h"
 #include "engine/sequence.h"
 #include "kernels/sparse_attention.h"
 #include "models/model_config.h"
 
 namespace gloam {
+
+// Whether the engine can run the request's policy. Errors: kInvalidArgument.
+[[nodiscard]] Status CheckSparsity(const Request& request, const KvPlan& plan,
+                                   int max_prefill_tokens);
 
 // Sets the fields of `sequence` that follow from the request's policy. Tokens run sparse from the
 // prompt's end on (less num_decoded_prompt_tokens), once the context has reached the policy's
