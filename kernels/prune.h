@@ -21,24 +21,31 @@ struct PruneParams {
   // Exact logits of the open block's tokens, which are kept aside: they count to the mass.
   const float* open_logits = nullptr;  // [num_open]
   int num_open = 0;
-  float* weights = nullptr;   // [16 * num_blocks] out: exp(logit - max) of candidates, 0 elsewhere
+  // Out, [16 * num_blocks]: exp(logit - max) of candidates, 0 for the other tokens of their blocks.
+  // Blocks without a candidate are not written.
+  float* weights = nullptr;
   TokenMask* kept = nullptr;  // [num_blocks] out: subset of the candidates
 };
 
 struct PruneResult {
-  float max_logit = 0;     // over candidates and open tokens; weights are relative to it
-  double total_mass = 0;   // sum of the weights of candidates and open tokens
-  double kept_mass = 0;    // of it, what is kept, open tokens included
-  int64_t num_kept = 0;    // of the candidates
+  float max_logit = 0;    // over candidates and open tokens; weights are relative to it
+  double total_mass = 0;  // sum of the weights of candidates and open tokens
+  double kept_mass = 0;   // of it, what is kept, open tokens included
+  int64_t num_kept = 0;   // of the candidates
 };
 
 namespace cpu {
 
-// kTopP: the kept set is {weight >= t} for the largest t at which kept_mass >= threshold *
-// total_mass: so equal weights are kept or dropped together, and without the smallest kept weights
-// the mass falls short. threshold >= 1 keeps every candidate. kThreshold: logit >= max - threshold.
-// min_tokens adds the largest weights that are missing, lowest index first among equals.
-// Any thread.
+// kTopP: beside what is always kept, {weight >= t} for the largest t at which kept_mass >=
+// threshold * total_mass: so equal weights are kept or dropped together, and without the smallest
+// of them the mass falls short. Nothing is added where the mass is there already; threshold >= 1
+// keeps every candidate. kThreshold: logit >= max - threshold. min_tokens adds the largest weights
+// that are missing, lowest index first among equals.
+//
+// Sums are taken in double, in an order that the input alone decides: "reached" and "short" hold up
+// to a relative error of num_tokens * 2^-52. NaN logits count as -FLT_MAX, infinite ones as the
+// largest finite numbers; without any token max_logit is -FLT_MAX. Precondition: threshold > 0.
+// Any thread; no memory is taken once a thread has seen the longest context.
 PruneResult Prune(const PruneParams& params);
 
 }  // namespace cpu

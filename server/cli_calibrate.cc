@@ -19,8 +19,9 @@ StatusOr<std::vector<int32_t>> TokenizeFiles(const std::vector<std::string>& fil
     std::ifstream file(name, std::ios::binary);
     std::ostringstream text;
     if (!file || !(text << file.rdbuf())) return NotFound("cannot read {}", name);
+    const TextPart part = {.text = text.str()};
     GLOAM_ASSIGN_OR_RETURN(const std::vector<int32_t> more,
-                           tokenizer.Encode({{.text = text.str()}}, false));
+                           tokenizer.Encode({&part, 1}, /*add_special=*/false));
     tokens.insert(tokens.end(), more.begin(), more.end());
     if (tokens.size() >= max_tokens) break;
   }

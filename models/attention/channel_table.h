@@ -12,12 +12,13 @@
 
 namespace gloam {
 
-// The best `num_channels` channels of each KV head of `model`, from the lists of `projection`, which
-// is one of kChannelProjections. A layer's lists are one per KV head or one per query head; of the
-// latter, those of a KV head's group are merged by rank: first the best channel of each head, then
-// the second best, repeats left out. Lists of other projections are not looked at. Any thread.
-// Errors: kNotFound; kInvalidArgument with file and key for a layer that is missing, too few or too
-// many lists, channels that are not of the head or repeat, lists shorter than `num_channels`.
+// The best `num_channels` channels of each KV head of `model`, from the lists of `projection`,
+// which is one of kChannelProjections. A layer's lists are one per KV head or one per query head;
+// of the latter, those of a KV head's group are merged by rank: first the best channel of each
+// head, then the second best, repeats left out. Lists of other projections are not looked at. Any
+// thread. Errors: kNotFound; kInvalidArgument with file and key for a layer that is missing, too
+// few or too many lists, channels that are not of the head or repeat, lists shorter than
+// `num_channels`.
 [[nodiscard]] StatusOr<std::shared_ptr<const ChannelTable>> ReadChannelTable(
     const std::filesystem::path& file, std::string_view projection, int num_channels,
     const ModelConfig& model);

@@ -1,0 +1,20 @@
+// Quest's bound: no key of a block has a larger logit than the block's score.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/selector.h"
+
+namespace gloam::cpu {
+
+// scores[head][block] = sum over channels of max(q * minimum, q * maximum), for every block in
+// which some head has a candidate (masks, [num_heads][num_blocks]); the others stay as they are.
+// Rows of `scores` are 16 * num_blocks apart. A score is a function of the block and the head's
+// query alone. Summed in fp32: it may fall short of the exact sum, and so of a logit, by up to
+// head_dim * 2^-24 * sum of |q| * max(|minimum|, |maximum|).
+// Needs the ranges. Reads 2 * head_dim elements a block; 2 * num_heads * head_dim FLOPs. Any
+// thread.
+void ScoreBlocks(const KeyBlocks& keys, const float* queries, int num_heads, int head_dim,
+                 const TokenMask* masks, float* scores);
+
+}  // namespace gloam::cpu

@@ -1,0 +1,113 @@
+#include "kernels/prune.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <vector>
+
+#include "base/check.h"
+#include "kernels/cpu/token_scan.h"
+#include "kernels/cpu/top_k.h"
+
+namespace gloam::cpu {
+namespace {
+
+// As token_scan.h counts them.
+float Finite(float logit) {
+  return std::isnan(logit) ? -FLT_MAX : std::clamp(logit, -FLT_MAX, FLT_MAX);
+}
+
+TokenMask AlwaysKept(const PruneParams& params, int64_t block) {
+  return params.always_kept == nullptr ? kNoTokens : params.always_kept[block];
+}
+
+void CheckParams(const PruneParams& params) {
+  GLOAM_CHECK(params.pruner.type != PrunerType::kTopP || params.pruner.threshold > 0);
+  uint32_t no_candidates = 0;
+  for (int64_t i = 0; i < params.num_blocks; ++i) {
+    no_candidates |= AlwaysKept(params, i) & ~uint32_t{params.candidates[i]};
+  }
+  GLOAM_CHECK(no_candidates == 0);
+}
+
+// kept := the candidates that top-p adds to those that are kept in any case. `base` is the mass of
+// those, beside the `total` of everything.
+void AddTopP(const PruneParams& params, double base, double total) {
+  for (int64_t i = 0; i < params.num_blocks; ++i) {
+    params.kept[i] = params.candidates[i] & static_cast<TokenMask>(~AlwaysKept(params, i));
+  }
+  const double share = params.pruner.threshold;
+  const double missing = share * total - base;
+  const int64_t count = CountTokens(params.kept, params.num_blocks);
+  if (missing <= 0 || count == 0) {
+    std::fill_n(params.kept, params.num_blocks, kNoTokens);
+    return;
+  }
+  // What is below this sums to less than may be lost; half of it leaves room for rounding.
+  const float negligible =
+      static_cast<float>(0.5 * (1 - share) * total / static_cast<double>(count));
+  KeyBuffers& buffers = ThreadKeyBuffers(count);
+  const int64_t num_keys =
+      GatherKeysFrom(params.weights, negligible, params.kept, params.num_blocks, buffers);
+  GLOAM_CHECK(num_keys > 0);
+  const Cut cut = CutByMass(buffers, num_keys, missing);
+  KeepAtLeast(params.weights, ValueOfKey(cut.key), params.num_blocks, params.kept);
+}
+
+// Adds the largest weights until min_tokens are kept.
+void FillUp(const PruneParams& params) {
+  const int64_t missing = params.pruner.min_tokens - CountTokens(params.kept, params.num_blocks);
+  if (missing <= 0) return;
+  thread_local std::vector<TokenMask> rest;
+  rest.resize(static_cast<size_t>(params.num_blocks));
+  for (int64_t i = 0; i < params.num_blocks; ++i) {
+    rest[i] = params.candidates[i] & static_cast<TokenMask>(~params.kept[i]);
+  }
+  KeepTopTokens(params.weights, missing, params.num_blocks, rest.data());
+  for (int64_t i = 0; i < params.num_blocks; ++i) params.kept[i] |= rest[i];
+}
+
+}  // namespace
+
+PruneResult Prune(const PruneParams& params) {
+  CheckParams(params);
+  const int64_t num_blocks = params.num_blocks;
+  PruneResult result;
+  float max = MaxOf(params.logits, params.candidates, num_blocks);
+  for (int i = 0; i < params.num_open; ++i) max = std::max(max, Finite(params.open_logits[i]));
+  double open_mass = 0;
+  for (int i = 0; i < params.num_open; ++i) {
+    open_mass += std::exp(static_cast<double>(Finite(params.open_logits[i])) - max);
+  }
+  result.max_logit = max;
+  result.total_mass =
+      ExpWeights(params.logits, params.candidates, num_blocks, max, params.weights) + open_mass;
+
+  switch (params.pruner.type) {
+    case PrunerType::kTopP:
+      if (params.pruner.threshold < 1) {
+        const double always = params.always_kept == nullptr
+                                  ? 0
+                                  : SumOf(params.weights, params.always_kept, num_blocks);
+        AddTopP(params, open_mass + always, result.total_mass);
+        break;
+      }
+      [[fallthrough]];
+    case PrunerType::kNone:
+      std::copy_n(params.candidates, num_blocks, params.kept);
+      break;
+    case PrunerType::kThreshold:
+      std::copy_n(params.candidates, num_blocks, params.kept);
+      KeepAtLeast(params.logits, max - params.pruner.threshold, num_blocks, params.kept);
+      break;
+  }
+  if (params.always_kept != nullptr) {
+    for (int64_t i = 0; i < num_blocks; ++i) params.kept[i] |= AlwaysKept(params, i);
+  }
+  FillUp(params);
+  result.num_kept = CountTokens(params.kept, num_blocks);
+  result.kept_mass = SumOf(params.weights, params.kept, num_blocks) + open_mass;
+  return result;
+}
+
+}  // namespace gloam::cpu

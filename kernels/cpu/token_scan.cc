@@ -1,0 +1,357 @@
+#include "kernels/cpu/token_scan.h"
+
+#include <algorithm>
+#include <bit>
+#include <cfloat>
+#include <limits>
+#include <utility>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/token_scan.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+
+#include "hwy/contrib/math/math-inl.h"
+#include "hwy/highway.h"
+
+#ifndef GLOAM_TOKEN_SCAN_ONCE
+#define GLOAM_TOKEN_SCAN_ONCE
+namespace gloam::cpu {
+
+// The order of floats as integers: negative ones have their magnitude inverted. Its own inverse.
+inline int32_t OrderBits(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+// A key in (min, max] that splits the keys between them: the middle of the values or, when that has
+// just been tried, of their bits. The first is good for logits, the second bounds the number of
+// splits whatever the values are.
+inline int32_t PivotOf(int32_t min, int32_t max, bool by_value) {
+  if (by_value) {
+    const float low = std::bit_cast<float>(OrderBits(min));
+    const float high = std::bit_cast<float>(OrderBits(max));
+    const float middle = 0.5f * low + 0.5f * high;
+    if (middle > low && middle < high) return OrderBits(std::bit_cast<int32_t>(middle));
+  }
+  const int64_t distance = int64_t{max} - min;
+  return static_cast<int32_t>(min + (distance + 1) / 2);
+}
+
+}  // namespace gloam::cpu
+#endif  // GLOAM_TOKEN_SCAN_ONCE
+
+HWY_BEFORE_NAMESPACE();
+namespace gloam::cpu::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DF = hn::CappedTag<float, kBlockTokens>;
+using DI = hn::RebindToSigned<DF>;
+using VF = hn::Vec<DF>;
+using VI = hn::Vec<DI>;
+using MI = hn::Mask<DI>;
+constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
+
+// Lanes whose bit is set in the low bits of `mask`.
+inline MI LanesOf(uint32_t mask) {
+  alignas(64) static constexpr int32_t kBits[kBlockTokens] = {
+      1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+      1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  return hn::TestBit(hn::Set(DI(), static_cast<int32_t>(mask)), hn::Load(DI(), kBits));
+}
+
+inline uint32_t BitsOf(MI lanes) {
+  uint8_t bytes[8] = {};
+  hn::StoreMaskBits(DI(), lanes, bytes);
+  return bytes[0] | uint32_t{bytes[1]} << 8;
+}
+
+// Calls f(index of the first lane's token, lanes that count) for each vector with a token.
+template <typename F>
+HWY_INLINE void ForEachVector(const TokenMask* masks, int64_t num_blocks, const F& f) {
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const uint32_t mask = masks[block];
+    if (mask == 0) continue;
+    for (int lane = 0; lane < kBlockTokens; lane += kLanes) {
+      f(block * kBlockTokens + lane, LanesOf(mask >> lane));
+    }
+  }
+}
+
+// Sum of floats in double, in two vectors: of the lower and of the upper lanes.
+#if HWY_TARGET == HWY_SCALAR
+struct DoubleSum {
+  double sum = 0;
+  void Add(VF x) { sum += static_cast<double>(hn::GetLane(x)); }
+  double Total() const { return sum; }
+};
+#else
+struct DoubleSum {
+  using DD = hn::Repartition<double, DF>;
+  hn::Vec<DD> low;
+  hn::Vec<DD> high;
+
+  HWY_INLINE DoubleSum() : low(hn::Zero(DD())), high(hn::Zero(DD())) {}
+  HWY_INLINE void Add(VF x) {
+    const hn::Half<DF> half;
+    low = hn::Add(low, hn::PromoteTo(DD(), hn::LowerHalf(half, x)));
+    high = hn::Add(high, hn::PromoteTo(DD(), hn::UpperHalf(half, x)));
+  }
+  HWY_INLINE double Total() const { return hn::GetLane(hn::SumOfLanes(DD(), hn::Add(low, high))); }
+};
+#endif  // HWY_TARGET == HWY_SCALAR
+
+inline VF LoadFinite(const float* from) {
+  const DF d;
+  const VF x = hn::LoadU(d, from);
+  const VF lowest = hn::Set(d, -FLT_MAX);
+  return hn::IfThenElse(hn::IsNaN(x), lowest, hn::Max(hn::Min(x, hn::Set(d, FLT_MAX)), lowest));
+}
+
+inline VI LoadKeys(const float* from) {
+  const DF d;
+  const DI di;
+  const VF x = hn::LoadU(d, from);
+  const VI bits = hn::BitCast(di, hn::Add(x, hn::Zero(d)));  // -0 becomes 0
+  const VI key = hn::Xor(bits, hn::And(hn::ShiftRight<31>(bits), hn::Set(di, 0x7fffffff)));
+  return hn::IfThenElse(hn::RebindMask(di, hn::IsNaN(x)),
+                        hn::Set(di, std::numeric_limits<int32_t>::min()), key);
+}
+
+float MaxOfTarget(const float* values, const TokenMask* masks, int64_t num_blocks) {
+  const DF d;
+  const VF lowest = hn::Set(d, -FLT_MAX);
+  VF max = lowest;
+  ForEachVector(masks, num_blocks, [&](int64_t at, MI lanes) HWY_ATTR {
+    max = hn::Max(max, hn::IfThenElse(hn::RebindMask(d, lanes), LoadFinite(values + at), lowest));
+  });
+  return hn::GetLane(hn::MaxOfLanes(d, max));
+}
+
+double ExpWeightsTarget(const float* logits, const TokenMask* masks, int64_t num_blocks, float max,
+                        float* weights) {
+  const DF d;
+  const VF reference = hn::Set(d, max);
+  DoubleSum sum;
+  ForEachVector(masks, num_blocks, [&](int64_t at, MI lanes) HWY_ATTR {
+    const VF weight = hn::Exp(d, hn::Sub(LoadFinite(logits + at), reference));
+    const VF counted = hn::IfThenElseZero(hn::RebindMask(d, lanes), weight);
+    hn::StoreU(counted, d, weights + at);
+    sum.Add(counted);
+  });
+  return sum.Total();
+}
+
+double SumOfTarget(const float* values, const TokenMask* masks, int64_t num_blocks) {
+  const DF d;
+  DoubleSum sum;
+  ForEachVector(masks, num_blocks, [&](int64_t at, MI lanes) HWY_ATTR {
+    sum.Add(hn::IfThenElseZero(hn::RebindMask(d, lanes), hn::LoadU(d, values + at)));
+  });
+  return sum.Total();
+}
+
+void KeepAtLeastTarget(const float* values, float at_least, int64_t num_blocks, TokenMask* masks) {
+  const DF d;
+  const DI di;
+  const VF limit = hn::Set(d, at_least);
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    if (masks[block] == 0) continue;
+    uint32_t kept = 0;
+    for (int lane = 0; lane < kBlockTokens; lane += kLanes) {
+      const VF x = hn::LoadU(d, values + block * kBlockTokens + lane);
+      kept |= BitsOf(hn::RebindMask(di, hn::Ge(x, limit))) << lane;
+    }
+    masks[block] &= static_cast<TokenMask>(kept);
+  }
+}
+
+int64_t GatherKeysFromTarget(const float* values, int32_t lowest, const TokenMask* masks,
+                             int64_t num_blocks, int32_t* HWY_RESTRICT keys) {
+  const DI di;
+  const VI limit = hn::Set(di, lowest);
+  int64_t count = 0;
+  ForEachVector(masks, num_blocks, [&](int64_t at, MI lanes) HWY_ATTR {
+    const VI key = LoadKeys(values + at);
+    const MI wanted = hn::AndNot(hn::Lt(key, limit), lanes);
+    hn::StoreU(hn::Compress(key, wanted), di, keys + count);
+    count += static_cast<int64_t>(hn::CountTrue(di, wanted));
+  });
+  return count;
+}
+
+// The keys of [0, count) that are >= pivot and those that are not.
+struct Split {
+  int64_t num_above = 0;
+  int64_t num_below = 0;
+  int32_t min_above = 0;
+  int32_t max_below = 0;
+  double measure_above = 0;  // their count, or the sum of their values
+};
+
+// Moves keys >= pivot to `above`, and the others to the front of `keys`. Whole vectors are stored:
+// both arrays have a vector's room behind what they hold.
+template <bool kMass>
+Split SplitKeys(int32_t* keys, int32_t* HWY_RESTRICT above, int64_t count, int32_t pivot) {
+  const DF d;
+  const DI di;
+  const VI limit = hn::Set(di, pivot);
+  VI min = hn::Set(di, std::numeric_limits<int32_t>::max());
+  VI max = hn::Set(di, std::numeric_limits<int32_t>::min());
+  DoubleSum sum;
+  Split split;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const VI key = hn::LoadU(di, keys + i);
+    const MI valid = hn::FirstN(di, static_cast<size_t>(count - i));
+    const MI low = hn::And(valid, hn::Lt(key, limit));
+    const MI high = hn::AndNot(low, valid);
+    min = hn::IfThenElse(high, hn::Min(min, key), min);
+    max = hn::IfThenElse(low, hn::Max(max, key), max);
+    if constexpr (kMass) {
+      // Keys of values that are not negative are their bits.
+      sum.Add(hn::IfThenElseZero(hn::RebindMask(d, high), hn::BitCast(d, key)));
+    }
+    hn::StoreU(hn::Compress(key, high), di, above + split.num_above);
+    hn::StoreU(hn::Compress(key, low), di, keys + split.num_below);
+    split.num_above += static_cast<int64_t>(hn::CountTrue(di, high));
+    split.num_below += static_cast<int64_t>(hn::CountTrue(di, low));
+  }
+  split.min_above = hn::GetLane(hn::MinOfLanes(di, min));
+  split.max_below = hn::GetLane(hn::MaxOfLanes(di, max));
+  split.measure_above = kMass ? sum.Total() : static_cast<double>(split.num_above);
+  return split;
+}
+
+// Halves the undecided keys until all that are left are equal. What has been decided: keys above
+// them are in, with a measure short of `wanted`, keys below them are out.
+template <bool kMass>
+Cut FindCut(int32_t* keys, int32_t* spare, int64_t count, double wanted) {
+  const auto [smallest, largest] = std::minmax_element(keys, keys + count);
+  int32_t min = *smallest;
+  int32_t max = *largest;
+  Cut cut;
+  for (bool by_value = true; min < max; by_value = !by_value) {
+    const int32_t pivot = PivotOf(min, max, by_value);
+    const Split split = SplitKeys<kMass>(keys, spare, count, pivot);
+    if (cut.above + split.measure_above >= wanted) {
+      std::swap(keys, spare);
+      count = split.num_above;
+      min = split.min_above;
+    } else {
+      cut.above += split.measure_above;
+      count = split.num_below;
+      max = split.max_below;
+    }
+  }
+  cut.key = min;
+  return cut;
+}
+
+Cut CutByCountTarget(int32_t* keys, int32_t* spare, int64_t num_keys, double count) {
+  return FindCut<false>(keys, spare, num_keys, count);
+}
+
+Cut CutByMassTarget(int32_t* keys, int32_t* spare, int64_t num_keys, double mass) {
+  return FindCut<true>(keys, spare, num_keys, mass);
+}
+
+void KeepFromCutTarget(const float* values, int32_t cut, int64_t num_equal, int64_t num_blocks,
+                       TokenMask* masks) {
+  const DI di;
+  const VI limit = hn::Set(di, cut);
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const uint32_t mask = masks[block];
+    if (mask == 0) continue;
+    uint32_t above = 0;
+    uint32_t equal = 0;
+    for (int lane = 0; lane < kBlockTokens; lane += kLanes) {
+      const VI key = LoadKeys(values + block * kBlockTokens + lane);
+      above |= BitsOf(hn::Gt(key, limit)) << lane;
+      equal |= BitsOf(hn::Eq(key, limit)) << lane;
+    }
+    equal &= mask;
+    uint32_t kept = above & mask;
+    for (; equal != 0 && num_equal > 0; --num_equal) {
+      kept |= equal & -equal;
+      equal &= equal - 1;
+    }
+    masks[block] = static_cast<TokenMask>(kept);
+  }
+}
+
+}  // namespace gloam::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace gloam::cpu {
+
+HWY_EXPORT(MaxOfTarget);
+HWY_EXPORT(ExpWeightsTarget);
+HWY_EXPORT(SumOfTarget);
+HWY_EXPORT(KeepAtLeastTarget);
+HWY_EXPORT(GatherKeysFromTarget);
+HWY_EXPORT(CutByCountTarget);
+HWY_EXPORT(CutByMassTarget);
+HWY_EXPORT(KeepFromCutTarget);
+
+namespace {
+
+int32_t KeyOfValue(float value) { return OrderBits(std::bit_cast<int32_t>(value + 0.0f)); }
+
+}  // namespace
+
+float ValueOfKey(int32_t key) { return std::bit_cast<float>(OrderBits(key)); }
+
+KeyBuffers& ThreadKeyBuffers(int64_t num_tokens) {
+  thread_local KeyBuffers buffers;
+  const auto size = static_cast<size_t>(num_tokens + kBlockTokens);
+  if (buffers.keys.size() < size) {
+    buffers.keys.resize(size);
+    buffers.spare.resize(size);
+  }
+  return buffers;
+}
+
+float MaxOf(const float* values, const TokenMask* masks, int64_t num_blocks) {
+  return HWY_DYNAMIC_DISPATCH(MaxOfTarget)(values, masks, num_blocks);
+}
+
+double ExpWeights(const float* logits, const TokenMask* masks, int64_t num_blocks, float max,
+                  float* weights) {
+  return HWY_DYNAMIC_DISPATCH(ExpWeightsTarget)(logits, masks, num_blocks, max, weights);
+}
+
+double SumOf(const float* values, const TokenMask* masks, int64_t num_blocks) {
+  return HWY_DYNAMIC_DISPATCH(SumOfTarget)(values, masks, num_blocks);
+}
+
+void KeepAtLeast(const float* values, float at_least, int64_t num_blocks, TokenMask* masks) {
+  HWY_DYNAMIC_DISPATCH(KeepAtLeastTarget)(values, at_least, num_blocks, masks);
+}
+
+int64_t GatherKeys(const float* values, const TokenMask* masks, int64_t num_blocks,
+                   KeyBuffers& buffers) {
+  return HWY_DYNAMIC_DISPATCH(GatherKeysFromTarget)(values, std::numeric_limits<int32_t>::min(),
+                                                    masks, num_blocks, buffers.keys.data());
+}
+
+int64_t GatherKeysFrom(const float* values, float at_least, const TokenMask* masks,
+                       int64_t num_blocks, KeyBuffers& buffers) {
+  return HWY_DYNAMIC_DISPATCH(GatherKeysFromTarget)(values, KeyOfValue(at_least), masks, num_blocks,
+                                                    buffers.keys.data());
+}
+
+Cut CutByCount(KeyBuffers& buffers, int64_t num_keys, int64_t count) {
+  return HWY_DYNAMIC_DISPATCH(CutByCountTarget)(buffers.keys.data(), buffers.spare.data(), num_keys,
+                                                static_cast<double>(count));
+}
+
+Cut CutByMass(KeyBuffers& buffers, int64_t num_keys, double mass) {
+  return HWY_DYNAMIC_DISPATCH(CutByMassTarget)(buffers.keys.data(), buffers.spare.data(), num_keys,
+                                               mass);
+}
+
+void KeepFromCut(const float* values, int32_t cut, int64_t num_equal, int64_t num_blocks,
+                 TokenMask* masks) {
+  HWY_DYNAMIC_DISPATCH(KeepFromCutTarget)(values, cut, num_equal, num_blocks, masks);
+}
+
+}  // namespace gloam::cpu
+#endif  // HWY_ONCE
