@@ -380,9 +380,6 @@ void HeadTask::AttendGathered(int count) {
 
 void HeadTask::AddTail() {
   ClearPartial(memory_.part, num_heads_, head_dim_);
-  for (int head = 0; head < num_heads_; ++head) {
-    memory_.part.max[head] = results_[head].max_logit;
-  }
   AddTailMeans({.keys = keys_,
                 .tail_block = policy_.tail_block,
                 .num_heads = num_heads_,
@@ -391,6 +388,10 @@ void HeadTask::AddTail() {
                 .kept = memory_.kept,
                 .masses = memory_.masses},
                memory_.part);
+  for (int head = 0; head < num_heads_; ++head) {
+    // Without a tail the fold must not touch the head's result.
+    if (memory_.part.sum[head] > 0) memory_.part.max[head] = results_[head].max_logit;
+  }
   FoldPartial(memory_.total, memory_.part, num_heads_, head_dim_);
 }
 

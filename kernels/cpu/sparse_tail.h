@@ -18,7 +18,7 @@ struct TailParams {
 };
 
 // Adds to partial.acc and partial.sum, blocks in ascending order. The weights are relative to
-// partial.max. Any thread.
+// the logit that partial.max is to be set to. Any thread.
 void AddTailMeans(const TailParams& params, const AttentionPartial& partial);
 
 }  // namespace gloam::cpu
