@@ -22,7 +22,6 @@ const Boundaries kKeptTokens = {16,   32,   64,   128,  192,  256,   384,   512,
                                 1024, 1536, 2048, 4096, 8192, 16384, 32768, 65536};
 const Boundaries kLoadedShare = {0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1,
                                  0.15,  0.2,  0.3,  0.4,  0.5,  0.75,  1.0};
-constexpr const char* kCustomPolicy = "custom";
 
 prometheus::Labels LabelsOf(const std::string& model_name) {
   if (model_name.empty()) return {};
@@ -119,8 +118,7 @@ prometheus::Family<prometheus::Histogram>& MetricsRegistry::AddHistograms(const 
 }
 
 void MetricsRegistry::ObserveSparsity(const SparsityUsage& usage) {
-  const prometheus::Labels labels = {
-      {"policy", usage.policy.empty() ? kCustomPolicy : usage.policy}};
+  const prometheus::Labels labels = {{"policy", std::string(PolicyLabel(usage))}};
   sparsity_sparse_steps_.Add(labels).Increment(static_cast<double>(usage.sparse_steps));
   sparsity_bypassed_steps_.Add(labels).Increment(static_cast<double>(usage.bypassed_steps));
   auto& kept_tokens = sparsity_kept_tokens_.Add(labels, kKeptTokens);

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -85,6 +86,11 @@ struct SparsityUsage {
   int64_t bypassed_steps = 0;  // decoded tokens that ran dense: context below bypass_below_tokens
   std::optional<double> true_mass;  // of the full softmax, 0 to 1; with report_true_mass
 };
+
+// How metrics and answers call the policy.
+inline std::string_view PolicyLabel(const SparsityUsage& usage) {
+  return usage.policy.empty() ? std::string_view("custom") : usage.policy;
+}
 
 // Facts of the whole request, delivered once, after the last answer ended.
 struct RequestSummary {

@@ -71,7 +71,7 @@ bool Covers(const SidecarConfig& kept, const SidecarConfig& needed);
 //   kMeanValues   [d] of the cache's type
 // The order of the quants within a kind is the backend's own (the CPU's: kernels/cpu/quant_rows.h).
 //
-// What a key k is kept as, and how far k~ may be off it, rounding of fp32 aside (2^-20 of a step):
+// What a key k is kept as, and how far k~ may be off it, rounding of fp32 aside (2^-14 of a step):
 //   per channel of a block  k~ = min + n * step, step = (max - min) / (2^b - 1): step / 2
 //   per token               k~ = minimum + n * scale, scale >= (max - minimum) / (2^b - 1), minimum
 //                           rounded down to fp16 and scale up: scale / 2, where scale is at most
