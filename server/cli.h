@@ -59,16 +59,6 @@ struct BenchServeOptions {
 };
 int RunBenchServe(const BenchServeOptions& options);
 
-struct CalibrateOptions {
-  std::string model;
-  std::vector<std::string> texts;  // files
-  std::string out;
-  int max_tokens = 16384;
-  int context = 2048;
-  int threads = 0;
-};
-int RunCalibrate(const CalibrateOptions& options);
-
 // Prints "gloam: MESSAGE" and returns kExitFailure.
 int Fail(const Status& status);
 

@@ -136,7 +136,6 @@ class Program {
     AddChat();
     AddComplete();
     AddModelTools();
-    AddCalibrate();
     AddBench();
   }
 
@@ -220,24 +219,6 @@ class Program {
     health_ = std::make_unique<SettingsFlags>(health, std::set<std::string>{"Network"}, "");
   }
 
-  void AddCalibrate() {
-    CLI::App* command =
-        Add("calibrate", "Write the channel file that the selector \"ds\" needs for a model",
-            [this] { return WithQuietLog([this] { return RunCalibrate(calibrate_options_); }); });
-    CalibrateOptions& o = calibrate_options_;
-    command->add_option("MODEL", o.model, "GGUF file, folder, or catalogue name")->required();
-    command->add_option("--text", o.texts, "Files of sample text")->required()->type_name("FILE");
-    command->add_option("--out", o.out, "Channel file to write")->required()->type_name("FILE");
-    command->add_option("--tokens", o.max_tokens, "Tokens of the text to use at most")
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
-    command->add_option("--context", o.context, "Tokens that are read together")
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
-    command->add_option("--threads", o.threads, "Default: one per core")
-        ->check(CLI::NonNegativeNumber);
-  }
-
   void AddBench() {
     CLI::App* bench = app_.add_subcommand("bench", "Measure speed");
     bench->require_subcommand(1);
@@ -296,7 +277,6 @@ class Program {
   CompleteOptions complete_options_;
   BenchThroughputOptions throughput_options_;
   BenchServeOptions bench_serve_options_;
-  CalibrateOptions calibrate_options_;
   std::string name_;
   bool list_tensors_ = false;
 };
