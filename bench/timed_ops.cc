@@ -39,6 +39,15 @@ void TimedOps::RopeAppendKv(const RopeKvParams& params) {
 void TimedOps::Attention(const AttentionParams& params) {
   Time("Attention", [&] { ops_.Attention(params); });
 }
+void TimedOps::UpdateSidecars(const UpdateSidecarsParams& params) {
+  Time("UpdateSidecars", [&] { ops_.UpdateSidecars(params); });
+}
+void TimedOps::CompressPrompt(const CompressPromptParams& params) {
+  Time("CompressPrompt", [&] { ops_.CompressPrompt(params); });
+}
+void TimedOps::SparseAttention(const SparseAttentionParams& params) {
+  Time("SparseAttention", [&] { ops_.SparseAttention(params); });
+}
 void TimedOps::Sample(const SampleParams& params) {
   Time("Sample", [&] { ops_.Sample(params); });
 }

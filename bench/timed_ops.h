@@ -5,11 +5,11 @@
 #include <map>
 #include <string>
 
-#include "kernels/ops.h"
+#include "kernels/forwarding_ops.h"
 
 namespace gloam {
 
-class TimedOps final : public Ops {
+class TimedOps final : public ForwardingOps {
  public:
   struct Entry {
     int64_t calls = 0;
@@ -18,20 +18,13 @@ class TimedOps final : public Ops {
     double weight_bytes = 0;  // read by matrix products, else 0
   };
 
-  explicit TimedOps(Ops& ops) : ops_(ops) {}
+  explicit TimedOps(Ops& ops) : ForwardingOps(ops) {}
 
   const std::map<std::string, Entry>& entries() const { return entries_; }
   void Clear() { entries_.clear(); }
 
   // A table of the entries, slowest first: calls, milliseconds per call, share, GFLOP/s, GB/s.
   std::string Report() const;
-
-  Device device() const override { return ops_.device(); }
-  DType activation_dtype() const override { return ops_.activation_dtype(); }
-  StatusOr<Buffer> Allocate(size_t bytes) override { return ops_.Allocate(bytes); }
-  StatusOr<std::unique_ptr<Weight>> LoadWeight(std::span<const RawWeight> parts) override {
-    return ops_.LoadWeight(parts);
-  }
 
   void Embed(const EmbedParams& params) override;
   void RmsNorm(const RmsNormParams& params) override;
@@ -40,6 +33,9 @@ class TimedOps final : public Ops {
   void Gemm(const GemmParams& params) override;
   void RopeAppendKv(const RopeKvParams& params) override;
   void Attention(const AttentionParams& params) override;
+  void UpdateSidecars(const UpdateSidecarsParams& params) override;
+  void CompressPrompt(const CompressPromptParams& params) override;
+  void SparseAttention(const SparseAttentionParams& params) override;
   void Sample(const SampleParams& params) override;
   void Score(const ScoreParams& params) override;
 
@@ -48,7 +44,6 @@ class TimedOps final : public Ops {
   template <typename Call>
   Entry& Time(const std::string& name, const Call& call);
 
-  Ops& ops_;
   std::map<std::string, Entry> entries_;
 };
 

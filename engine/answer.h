@@ -54,6 +54,8 @@ class Answer {
   // For latency metrics; kept by EngineCore.
   std::chrono::steady_clock::time_point last_token_time;
   ActiveRequest* active_request = nullptr;
+  // Leading tokens that the account of sparsity has seen; kept by EngineCore.
+  int num_counted_tokens = 0;
 
  private:
   void CountToken(int32_t token);

@@ -122,7 +122,7 @@ class ThreadedEngine : public Engine {
                                vocab_size);
       }
     }
-    return OkStatus();
+    return CheckSparsity(request, core_->kv_plan(), core_->min_prefill_tokens());
   }
 
   void Push(Command command) { GLOAM_CHECK(commands_.TryPush(std::move(command))); }

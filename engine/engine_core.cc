@@ -69,7 +69,7 @@ StatusOr<std::unique_ptr<EngineCore>> EngineCore::Create(const EngineOptions& op
                                     .max_score_rows = scheduling.max_score_rows,
                                     .max_model_len = plan.max_model_len};
   GLOAM_ASSIGN_OR_RETURN(ModelRunner runner,
-                         ModelRunner::Create(limits, ops, *model, pool.layers()));
+                         ModelRunner::Create(limits, ops, *model, pool.layers(), pool.sidecars()));
   GLOAM_RETURN_IF_ERROR(runner.WarmUp());
   metrics.SetCacheConfig(kBlockTokens, plan.num_blocks);
   return std::unique_ptr<EngineCore>(new EngineCore(scheduling, plan, ops, std::move(model),
@@ -81,6 +81,7 @@ EngineCore::EngineCore(const SchedulerOptions& options, const KvPlan& kv_plan, O
                        std::unique_ptr<Model> model, const Tokenizer& tokenizer,
                        MetricsRegistry& metrics, KvCachePool kv_pool, ModelRunner runner)
     : kv_plan_(kv_plan),
+      min_prefill_tokens_(std::max(1, options.max_num_batched_tokens - options.max_num_seqs + 1)),
       ops_(ops),
       model_(std::move(model)),
       tokenizer_(tokenizer),
@@ -114,6 +115,7 @@ void EngineCore::Add(RequestHandle handle, Request request, std::shared_ptr<Outp
     active->answers.push_back(std::make_unique<Answer>(active->request, order, AnswerSeed(seed, i),
                                                        max_new_tokens, tokenizer_));
     active->answers.back()->active_request = active.get();
+    SetUpSparsity(active->request, model_->config(), active->answers.back()->sequence());
   }
   // The other answers begin when the first has computed the prompt, and find it in the cache.
   scheduler_.Add(active->answers.front()->sequence());
@@ -153,6 +155,7 @@ void EngineCore::Step() {
   const ModelRunner::Logits logits = runner_.Forward(plan);
   ScorePrompts(plan, logits.score);
   SampleTokens(plan, logits.sample);
+  CountSparsity(plan, logits.sparsity);
   scheduler_.Advance();
 
   const Clock::time_point now = Clock::now();
@@ -209,6 +212,29 @@ void EngineCore::SampleTokens(const StepPlan& plan, const TensorView& logits) {
   const std::span results = std::span(sample_results_).first(sample_rows_.size());
   std::fill(results.begin(), results.end(), SampleResult());
   ops_.Sample({.logits = logits, .rows = sample_rows_, .results = results});
+}
+
+void EngineCore::CountSparsity(const StepPlan& plan, const StepSparsity& sparsity) {
+  for (size_t row = 0; row < sparsity.rows.size(); ++row) {
+    const SparseRow& sparse = sparsity.rows[row];
+    const ScheduledSequence& scheduled = plan.sequences[sparse.seq];
+    Answer& answer = *scheduled.sequence->answer;
+    const int position = runner_.Position(sparse.token);
+    if (position < answer.num_counted_tokens) continue;  // recomputed after a pre-emption
+    answer.num_counted_tokens = position + 1;
+    answer.active_request->sparsity.AddSparseStep(sparsity, row);
+  }
+  for (const ScheduledSequence& scheduled : plan.sequences) {
+    const Sequence& sequence = *scheduled.sequence;
+    if (sequence.policy == nullptr) continue;
+    Answer& answer = *sequence.answer;
+    const int begin = std::max(answer.num_counted_tokens, sequence.num_dense_prompt_tokens);
+    const int end =
+        std::min(sequence.num_computed + scheduled.num_tokens, sequence.first_sparse_token);
+    if (begin >= end) continue;
+    answer.num_counted_tokens = end;
+    answer.active_request->sparsity.AddBypassedSteps(end - begin);
+  }
 }
 
 void EngineCore::AcceptToken(Answer& answer, SampleResult result, Clock::time_point now) {
@@ -282,6 +308,10 @@ void EngineCore::CloseRequest(ActiveRequest& active) {
   summary.prompt_tokens = static_cast<int>(active.request.prompt.size());
   summary.cached_tokens = std::max(0, active.answers.front()->sequence().num_cached_tokens);
   for (const auto& answer : active.answers) summary.completion_tokens += answer->num_generated();
+  if (active.request.sparsity != nullptr) {
+    summary.sparsity = active.sparsity.Usage(*active.request.sparsity);
+    metrics_.ObserveSparsity(*summary.sparsity);
+  }
 
   const auto it = requests_.find(active.handle);
   ended_.push_back(std::move(it->second));

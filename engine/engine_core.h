@@ -19,6 +19,7 @@
 #include "engine/metrics.h"
 #include "engine/model_runner.h"
 #include "engine/scheduler.h"
+#include "engine/sparsity.h"
 
 namespace gloam {
 
@@ -33,6 +34,7 @@ struct ActiveRequest {
   bool started = false;      // part of a step at least once
   bool prompt_done = false;  // the first answer has computed the prompt; the others may begin
   std::vector<SampleResult> prompt_logprobs;
+  SparsityTotals sparsity;
 };
 
 class EngineCore {
@@ -73,6 +75,8 @@ class EngineCore {
   int64_t num_requests_ended() const { return num_requests_ended_; }
 
   const KvPlan& kv_plan() const { return kv_plan_; }
+  // Prompt tokens that fit a step however many sequences decode.
+  int min_prefill_tokens() const { return min_prefill_tokens_; }
   const ModelConfig& model_config() const { return model_->config(); }
   [[nodiscard]] Status CheckIntegrity() const { return scheduler_.CheckIntegrity(); }
 
@@ -84,6 +88,7 @@ class EngineCore {
   void NoteStarts(const StepPlan& plan);
   void ScorePrompts(const StepPlan& plan, const TensorView& logits);
   void SampleTokens(const StepPlan& plan, const TensorView& logits);
+  void CountSparsity(const StepPlan& plan, const StepSparsity& sparsity);
   void AcceptToken(Answer& answer, SampleResult result, Clock::time_point now);
   void FinishPrompt(ActiveRequest& active);
   void FinishAnswer(Answer& answer, Clock::time_point now);
@@ -92,6 +97,7 @@ class EngineCore {
   void PublishStats();
 
   const KvPlan kv_plan_;
+  const int min_prefill_tokens_;
   Ops& ops_;
   const std::unique_ptr<Model> model_;
   const Tokenizer& tokenizer_;

@@ -27,7 +27,9 @@ StatusOr<KvPlan> PlanKvCache(const EngineOptions& options, const ModelConfig& co
   plan.layout = {.dtype = options.kv_cache_dtype,
                  .num_kv_heads = config.num_kv_heads,
                  .head_dim = config.head_dim};
-  plan.bytes_per_block = config.num_layers * plan.layout.block_bytes();
+  plan.sidecars = options.sidecars;
+  plan.bytes_per_block = config.num_layers * (plan.layout.block_bytes() +
+                                              SidecarBlockBytes(plan.sidecars, plan.layout));
   plan.num_blocks = options.num_kv_blocks > 0 ? options.num_kv_blocks
                                               : options.kv_cache_bytes / plan.bytes_per_block;
   plan.num_blocks = std::min<int64_t>(plan.num_blocks, std::numeric_limits<int32_t>::max());
@@ -67,7 +69,29 @@ StatusOr<KvCachePool> KvCachePool::Create(Ops& ops, const KvPlan& plan, int num_
         {.data = buffer.data(), .layout = plan.layout, .num_blocks = plan.num_blocks});
     pool.buffers_.push_back(std::move(buffer));
   }
+  if (!plan.sidecars.empty()) GLOAM_RETURN_IF_ERROR(pool.AddSidecars(ops, plan));
   return pool;
+}
+
+Status KvCachePool::AddSidecars(Ops& ops, const KvPlan& plan) {
+  sidecar_config_ = std::make_unique<const SidecarConfig>(plan.sidecars);
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    SidecarLayerView view;
+    view.config = sidecar_config_.get();
+    view.num_kv_heads = plan.layout.num_kv_heads;
+    for (int kind = 0; kind < kNumSidecarKinds; ++kind) {
+      view.head_bytes[kind] =
+          SidecarBytes(static_cast<SidecarKind>(kind), plan.sidecars, plan.layout);
+      if (view.head_bytes[kind] == 0) continue;
+      GLOAM_ASSIGN_OR_RETURN(Buffer buffer,
+                             ops.Allocate(static_cast<size_t>(plan.num_blocks * view.num_kv_heads *
+                                                              view.head_bytes[kind])));
+      view.data[kind] = static_cast<std::byte*>(buffer.data());
+      buffers_.push_back(std::move(buffer));
+    }
+    sidecar_layers_.push_back(view);
+  }
+  return OkStatus();
 }
 
 }  // namespace gloam

@@ -1,8 +1,10 @@
-// KvCachePool: owns all KV memory, one array per layer. And the plan of how large it gets.
+// KvCachePool: owns all KV memory, per layer one array of keys and values and one of each kind of
+// sidecar. And the plan of how large it gets.
 // Made at start-up; the engine thread's steps read and write it through the views.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -15,8 +17,9 @@ namespace gloam {
 
 struct KvPlan {
   KvLayout layout;
+  SidecarConfig sidecars;
   int64_t num_blocks = 0;
-  int64_t bytes_per_block = 0;  // over all layers
+  int64_t bytes_per_block = 0;  // over all layers, sidecars included
   int max_model_len = 0;        // tokens of one request, prompt and answer
 
   int64_t num_tokens() const { return num_blocks * kBlockTokens; }
@@ -33,12 +36,18 @@ class KvCachePool {
   [[nodiscard]] static StatusOr<KvCachePool> Create(Ops& ops, const KvPlan& plan, int num_layers);
 
   std::span<const KvLayerView> layers() const { return layers_; }
+  // [num_layers], or empty when no sidecars are kept.
+  std::span<const SidecarLayerView> sidecars() const { return sidecar_layers_; }
 
  private:
   KvCachePool() = default;
 
-  std::vector<Buffer> buffers_;      // [num_layers]
-  std::vector<KvLayerView> layers_;  // [num_layers]
+  [[nodiscard]] Status AddSidecars(Ops& ops, const KvPlan& plan);
+
+  std::unique_ptr<const SidecarConfig> sidecar_config_;  // the views point to it
+  std::vector<Buffer> buffers_;
+  std::vector<KvLayerView> layers_;               // [num_layers]
+  std::vector<SidecarLayerView> sidecar_layers_;  // [num_layers] or empty
 };
 
 }  // namespace gloam

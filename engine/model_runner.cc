@@ -7,22 +7,34 @@
 #include "base/check.h"
 
 namespace gloam {
+namespace {
+
+// One in so many decoded tokens of a request with report_true_mass has its true mass measured.
+constexpr int kTrueMassInterval = 16;
+
+}  // namespace
 
 ModelRunner::ModelRunner(const ModelRunnerLimits& limits, Model& model,
-                         std::span<const KvLayerView> kv)
+                         std::span<const KvLayerView> kv,
+                         std::span<const SidecarLayerView> sidecars)
     : limits_(limits),
       model_(&model),
       kv_(kv),
+      sidecars_(sidecars),
       max_blocks_per_seq_(BlocksFor(limits.max_model_len)),
-      block_rows_(limits.max_num_seqs) {}
+      block_rows_(limits.max_num_seqs) {
+  sparse_first_layers_.seqs = std::make_unique<bool[]>(limits.max_num_seqs);
+  sparse_.seqs = std::make_unique<bool[]>(limits.max_num_seqs);
+}
 
 StatusOr<ModelRunner> ModelRunner::Create(const ModelRunnerLimits& limits, Ops& ops, Model& model,
-                                          std::span<const KvLayerView> kv) {
+                                          std::span<const KvLayerView> kv,
+                                          std::span<const SidecarLayerView> sidecars) {
   GLOAM_CHECK(ops.device() == Device::kCpu);  // another device needs staging and copies
   const int max_logit_rows = limits.max_num_seqs + limits.max_score_rows;
   GLOAM_RETURN_IF_ERROR(model.Reserve(limits.max_num_batched_tokens, max_logit_rows));
 
-  ModelRunner runner(limits, model, kv);
+  ModelRunner runner(limits, model, kv, sidecars);
   const auto allocate = [&ops](auto& array, int64_t num_elements) {
     StatusOr<Buffer> buffer = ops.Allocate(num_elements * sizeof(*array.data()));
     if (buffer.ok()) array.buffer = std::move(buffer).value();
@@ -76,11 +88,62 @@ ModelRunner::Logits ModelRunner::Forward(const StepPlan& plan) {
   batch.logit_rows = logit_rows_.data();
   batch.num_logit_rows = plan.num_score_rows + plan.num_sample_rows;
   batch.kv = kv_;
+  batch.sidecars = sidecars_;
+  FillSparsity(plan);
+  batch.sparse_first_layers = sparse_first_layers_.tokens();
+  batch.sparse = sparse_.tokens();
+  batch.votes = votes_;
+  batch.sparse_stats = sparse_stats_.data();
   const TensorView logits = model_->Forward(batch);
-  if (batch.num_logit_rows == 0) return {};
+  for (const PromptVote& vote : votes_) vote.compressed->complete = true;
+
+  Logits result;
+  result.sparsity = {.rows = sparse_.rows,
+                     .stats = sparse_stats_.data(),
+                     .num_layers = model_->config().num_layers,
+                     .num_kv_heads = model_->config().num_kv_heads};
+  if (batch.num_logit_rows == 0) return result;
   GLOAM_CHECK(logits.shape[0] == batch.num_logit_rows);
-  return {.score = logits.Rows(0, plan.num_score_rows),
-          .sample = logits.Rows(plan.num_score_rows, plan.num_sample_rows)};
+  result.score = logits.Rows(0, plan.num_score_rows);
+  result.sample = logits.Rows(plan.num_score_rows, plan.num_sample_rows);
+  return result;
+}
+
+void ModelRunner::FillSparsity(const StepPlan& plan) {
+  sparse_.rows.clear();
+  sparse_first_layers_.rows.clear();
+  votes_.clear();
+  for (size_t seq = 0; seq < plan.sequences.size(); ++seq) {
+    const Sequence& sequence = *plan.sequences[seq].sequence;
+    const int begin = sequence.num_computed;
+    const int end = begin + plan.sequences[seq].num_tokens;
+    const int first_token = cu_seqlens_.data()[seq];
+    const bool sparse = begin >= sequence.first_sparse_token;
+    const bool in_first_layers = sparse && !sequence.policy->skip_first_two_layers;
+    sparse_.seqs[seq] = sparse;
+    sparse_first_layers_.seqs[seq] = in_first_layers;
+    if (sequence.compressed && begin <= sequence.vote_begin &&
+        sequence.num_dense_prompt_tokens <= end) {
+      votes_.push_back({.seq = static_cast<int>(seq),
+                        .first_window_token = first_token + sequence.vote_begin - begin,
+                        .config = &sequence.policy->compressor,
+                        .compressed = sequence.compressed.get()});
+    }
+    if (!sparse) continue;
+    GLOAM_CHECK(!sidecars_.empty() || SidecarsOf(*sequence.policy).empty());
+    for (int position = begin; position < end; ++position) {
+      const SparseRow row = {.token = first_token + position - begin,
+                             .seq = static_cast<int>(seq),
+                             .policy = sequence.policy,
+                             .compressed = sequence.compressed.get(),
+                             .measure_true_mass = sequence.policy->report_true_mass &&
+                                                  position % kTrueMassInterval == 0};
+      sparse_.rows.push_back(row);
+      if (in_first_layers) sparse_first_layers_.rows.push_back(row);
+    }
+  }
+  const ModelConfig& config = model_->config();
+  sparse_stats_.resize(sparse_.rows.size() * config.num_layers * config.num_kv_heads);
 }
 
 void ModelRunner::FillTokens(const ScheduledSequence& scheduled, int first_token) {

@@ -24,6 +24,27 @@ ScoreRange ScoreRangeOf(const Sequence& sequence, int start, int num_tokens) {
   return {begin, std::max(begin, end)};
 }
 
+// The tokens to look up in the prefix cache, which leaves the last of them out.
+std::span<const int32_t> ShareableTokens(const Sequence& sequence) {
+  const auto size = static_cast<int64_t>(sequence.tokens.size());
+  return std::span(sequence.tokens)
+      .first(std::min<int64_t>(size, int64_t{sequence.num_shareable()} + 1));
+}
+
+// Shortens a chunk [start, start + num_tokens) so that it does not mix tokens before and after the
+// first sparse one, and has all of a compressor's voting tokens or none. 0: it has to wait for more
+// room in a step.
+int CutForSparsity(const Sequence& sequence, int start, int num_tokens) {
+  const int end = start + num_tokens;
+  if (start < sequence.first_sparse_token && sequence.first_sparse_token < end) {
+    return CutForSparsity(sequence, start, sequence.first_sparse_token - start);
+  }
+  if (sequence.compressed && end > sequence.vote_begin && end < sequence.num_dense_prompt_tokens) {
+    return std::max(0, sequence.vote_begin - start);
+  }
+  return num_tokens;
+}
+
 }  // namespace
 
 Scheduler::Scheduler(const SchedulerOptions& options)
@@ -97,7 +118,7 @@ void Scheduler::AdmitWaiting() {
     Sequence& sequence = **waiting_.begin();
     static const BlockManager::PrefixMatch kNoMatch;
     const BlockManager::PrefixMatch& match =
-        sequence.needs_scores() ? kNoMatch : blocks_.FindPrefix(sequence.tokens);
+        sequence.needs_scores() ? kNoMatch : blocks_.FindPrefix(ShareableTokens(sequence));
     const int num_tokens = ChunkLength(sequence, match.num_tokens(),
                                        options_.max_num_batched_tokens - plan_.num_tokens);
     if (num_tokens == 0) return;
@@ -128,7 +149,8 @@ void Scheduler::AdmitWaiting() {
 }
 
 int Scheduler::ChunkLength(const Sequence& sequence, int start, int limit) const {
-  const int num_tokens = std::min(static_cast<int>(sequence.tokens.size()) - start, limit);
+  const int num_tokens = CutForSparsity(
+      sequence, start, std::min(static_cast<int>(sequence.tokens.size()) - start, limit));
   const ScoreRange range = ScoreRangeOf(sequence, start, num_tokens);
   const int max_score_rows = options_.max_score_rows - plan_.num_score_rows;
   if (range.end - range.begin <= max_score_rows) return num_tokens;
@@ -174,7 +196,8 @@ void Scheduler::Advance() {
     Sequence& sequence = *scheduled.sequence;
     sequence.num_computed += scheduled.num_tokens;
     sequence.num_scored += scheduled.num_score_rows;
-    blocks_.CommitFullBlocks(sequence.table, sequence.tokens, sequence.num_computed);
+    blocks_.CommitFullBlocks(sequence.table, sequence.tokens,
+                             std::min(sequence.num_computed, sequence.first_sparse_token));
   }
 }
 

@@ -2,11 +2,15 @@
 // in which blocks. Owned by Answer (engine/answer.h); engine thread only.
 #pragma once
 
+#include <algorithm>
 #include <compare>
 #include <cstdint>
+#include <limits>
+#include <memory>
 #include <vector>
 
 #include "engine/block_manager.h"
+#include "kernels/sparse_attention.h"
 
 namespace gloam {
 
@@ -32,6 +36,16 @@ struct Sequence {
   std::vector<int32_t> tokens;  // the prompt, then what was generated
   int num_prompt_tokens = 0;
 
+  // Tokens from `first_sparse_token` on are computed under `policy`, never together with earlier
+  // ones in one step; their blocks are not shared, because their contents depend on the policy.
+  const SparsityPolicy* policy = nullptr;
+  int first_sparse_token = std::numeric_limits<int>::max();
+  int num_dense_prompt_tokens = 0;  // with a policy: the prompt, less what is decoded of it
+  // With a compressor that has something to drop: tokens [vote_begin, num_dense_prompt_tokens) vote
+  // and are computed in one step.
+  std::unique_ptr<CompressedPrompt> compressed;
+  int vote_begin = 0;
+
   // Changed by Scheduler alone.
   SequenceState state = SequenceState::kIdle;
   int num_computed = 0;        // leading tokens whose keys and values are in the cache
@@ -43,6 +57,10 @@ struct Sequence {
   int num_scored = 1;
 
   int num_pending() const { return static_cast<int>(tokens.size()) - num_computed; }
+  // Leading tokens whose keys and values do not depend on the policy and may come from the cache.
+  int num_shareable() const {
+    return compressed ? std::min(vote_begin, first_sparse_token) : first_sparse_token;
+  }
   bool needs_scores() const { return wants_prompt_scores && num_scored < num_prompt_tokens; }
 };
 

@@ -17,6 +17,8 @@ struct AttentionParams {
   float scale = 0;         // usually 1 / sqrt(head_dim)
   int sliding_window = 0;  // tokens that a query sees, itself included; 0: all
   TensorView out;          // [num_tokens, num_heads, head_dim]
+  // [num_seqs] sequences to leave out, whose rows of `out` stay as they are; null: none.
+  const bool* left_out = nullptr;
 };
 
 }  // namespace gloam

@@ -14,6 +14,8 @@
 #include "kernels/paged_kv.h"
 #include "kernels/rope_kv.h"
 #include "kernels/sample.h"
+#include "kernels/sidecars.h"
+#include "kernels/sparse_attention.h"
 #include "kernels/tensor_view.h"
 #include "kernels/weight.h"
 
@@ -70,6 +72,9 @@ class Ops {
   virtual void Gemm(const GemmParams& params) = 0;
   virtual void RopeAppendKv(const RopeKvParams& params) = 0;
   virtual void Attention(const AttentionParams& params) = 0;
+  virtual void UpdateSidecars(const UpdateSidecarsParams& params) = 0;
+  virtual void CompressPrompt(const CompressPromptParams& params) = 0;
+  virtual void SparseAttention(const SparseAttentionParams& params) = 0;
   virtual void Sample(const SampleParams& params) = 0;
   virtual void Score(const ScoreParams& params) = 0;
 };

@@ -16,6 +16,18 @@ int64_t RoundUpTo64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
 
+bool Covers(const SidecarConfig& kept, const SidecarConfig& needed) {
+  const auto covers = [](int kept_bits, int needed_bits) {
+    return needed_bits == 0 || kept_bits == needed_bits;
+  };
+  return (kept.ranges || !needed.ranges) && (kept.mean_values || !needed.mean_values) &&
+         covers(kept.block_quant_bits, needed.block_quant_bits) &&
+         covers(kept.min_max_quant_bits, needed.min_max_quant_bits) &&
+         covers(kept.max_quant_bits, needed.max_quant_bits) &&
+         covers(kept.label_bits, needed.label_bits) &&
+         (needed.label_bits == 0 || kept.label_channels == needed.label_channels);
+}
+
 int64_t SidecarBytes(SidecarKind kind, const SidecarConfig& config, const KvLayout& kv) {
   if (config.empty()) return 0;
   GLOAM_CHECK(IsKvDType(kv.dtype));

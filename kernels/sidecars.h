@@ -58,6 +58,9 @@ struct SidecarConfig {
 // Most channels of a head that sidecars are made for.
 inline constexpr int kMaxSidecarHeadDim = 256;
 
+// Whether a cache that keeps `kept` has all that a policy with `needed` reads.
+bool Covers(const SidecarConfig& kept, const SidecarConfig& needed);
+
 // Bytes of one block and KV head, by kind; each a multiple of 64, zero for kinds not kept. With d
 // channels and b bits, 16 tokens:
 //   kRanges       [2][d] of the cache's type: minima, then maxima (exact: they are elements)

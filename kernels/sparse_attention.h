@@ -39,11 +39,11 @@ struct SparseRow {
 
 // What one row did in one layer for one KV head.
 struct SparseHeadStats {
-  int context = 0;             // tokens
-  float candidates = 0;        // mean over the group's query heads, open block included
-  float kept = 0;              // the same: what the paper calls the budget
-  int loaded = 0;              // tokens whose keys and values were read: the union of the group
-  float true_mass = -1;        // share of the full softmax mass that was kept, mean of the group
+  int context = 0;       // tokens
+  float candidates = 0;  // mean over the group's query heads, open block included
+  float kept = 0;        // the same: what the paper calls the budget
+  int loaded = 0;        // tokens whose keys and values were read: the union of the group
+  float true_mass = -1;  // share of the full softmax mass that was kept, mean of the group
 };
 
 struct SparseAttentionParams {

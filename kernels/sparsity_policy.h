@@ -28,9 +28,9 @@ enum class CompressorType : uint8_t { kNone, kSnapKv };
 enum class Pooling : uint8_t { kAverage, kMax };
 struct CompressorConfig {
   CompressorType type = CompressorType::kNone;
-  int window_size = 64;          // last prompt tokens, which vote and are kept
-  int max_capacity_prompt = 0;   // prompt tokens kept, the window included
-  int kernel_size = 5;           // odd
+  int window_size = 64;         // last prompt tokens, which vote and are kept
+  int max_capacity_prompt = 0;  // prompt tokens kept, the window included
+  int kernel_size = 5;          // odd
   Pooling pooling = Pooling::kAverage;
 };
 

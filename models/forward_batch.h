@@ -6,8 +6,24 @@
 #include <span>
 
 #include "kernels/paged_kv.h"
+#include "kernels/sidecars.h"
+#include "kernels/sparse_attention.h"
 
 namespace gloam {
+
+// The tokens that attend sparsely in a layer.
+struct SparseTokens {
+  std::span<const SparseRow> rows;
+  const bool* seqs = nullptr;  // [num_seqs] the sequences of `rows`, of which every token is a row
+};
+
+// A sequence whose prompt is compressed in this step: the window of voting tokens is part of it.
+struct PromptVote {
+  int seq = 0;
+  int first_window_token = 0;  // in the batch
+  const CompressorConfig* config = nullptr;
+  CompressedPrompt* compressed = nullptr;
+};
 
 struct ForwardBatch {
   SequenceBatch seqs;
@@ -15,6 +31,13 @@ struct ForwardBatch {
   const int32_t* logit_rows = nullptr;  // [num_logit_rows] indices into the tokens, device
   int num_logit_rows = 0;               // may be 0: a prefill chunk that is not the last
   std::span<const KvLayerView> kv;      // [num_layers]
+
+  std::span<const SidecarLayerView> sidecars;  // [num_layers], or empty: none are kept
+  SparseTokens sparse_first_layers;            // in layers below kDenseLayers
+  SparseTokens sparse;                         // in the others
+  std::span<const PromptVote> votes;
+  // Out: [num_layers][sparse.rows.size()][num_kv_heads], by the rows of the layer.
+  SparseHeadStats* sparse_stats = nullptr;
 };
 
 }  // namespace gloam

@@ -118,13 +118,55 @@ void Llama::Attention(int layer_index, const ForwardBatch& batch) {
                      .rotary_dim = uses_rope ? c.rotary_dim : 0,
                      .style = c.rope_style,
                      .kv = batch.kv[layer_index]});
-  ops_.Attention({.batch = batch.seqs,
-                  .q = q,
-                  .kv = batch.kv[layer_index],
-                  .scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim)),
-                  .sliding_window = c.sliding_window,
-                  .out = Heads(attended, c.num_heads, c.head_dim)});
+  Attend(layer_index, batch, q, Heads(attended, c.num_heads, c.head_dim));
   layer.attention_out.Apply(ops_, attended, hidden, /*accumulate=*/true);
+}
+
+// Attention of a layer: dense rows, then those with a sparsity policy.
+void Llama::Attend(int layer_index, const ForwardBatch& batch, const TensorView& q,
+                   const TensorView& out) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
+  const KvLayerView& kv = batch.kv[layer_index];
+  const SparseTokens& sparse =
+      layer_index < kDenseLayers ? batch.sparse_first_layers : batch.sparse;
+  const SidecarLayerView sidecars =
+      batch.sidecars.empty() ? SidecarLayerView() : batch.sidecars[layer_index];
+  if (sidecars.config != nullptr) {
+    ops_.UpdateSidecars(
+        {.batch = batch.seqs, .kv = kv, .sidecars = sidecars, .layer = layer_index});
+  }
+  for (const PromptVote& vote : batch.votes) {
+    ops_.CompressPrompt({.batch = batch.seqs,
+                         .seq = vote.seq,
+                         .first_window_token = vote.first_window_token,
+                         .config = *vote.config,
+                         .q = q,
+                         .kv = kv,
+                         .scale = scale,
+                         .layer = layer_index,
+                         .compressed = vote.compressed});
+  }
+  if (static_cast<int>(sparse.rows.size()) < batch.seqs.num_tokens) {
+    ops_.Attention({.batch = batch.seqs,
+                    .q = q,
+                    .kv = kv,
+                    .scale = scale,
+                    .sliding_window = config_.sliding_window,
+                    .out = out,
+                    .left_out = sparse.rows.empty() ? nullptr : sparse.seqs});
+  }
+  if (!sparse.rows.empty()) {
+    const size_t layer_stats = batch.sparse.rows.size() * config_.num_kv_heads;
+    ops_.SparseAttention({.batch = batch.seqs,
+                          .q = q,
+                          .kv = kv,
+                          .sidecars = sidecars,
+                          .scale = scale,
+                          .layer = layer_index,
+                          .rows = sparse.rows,
+                          .stats = batch.sparse_stats + layer_index * layer_stats,
+                          .out = out});
+  }
 }
 
 // hidden += W_down (silu(W_gate h) * W_up h), h = norm(hidden)

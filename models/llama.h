@@ -38,6 +38,8 @@ class Llama final : public Model {
   Llama(ModelConfig config, LlamaWeights weights, Ops& ops);
 
   void Attention(int layer_index, const ForwardBatch& batch);
+  void Attend(int layer_index, const ForwardBatch& batch, const TensorView& q,
+              const TensorView& out);
   void FeedForward(const LlamaLayer& layer, int num_tokens);
   TensorView Logits(const ForwardBatch& batch);
   void RmsNorm(const TensorView& x, const Buffer& weight, const TensorView& out);

@@ -185,7 +185,7 @@ void AttentionRun::ForEachTile(const F& f) const {
   for (int seq = 0; seq < batch.num_seqs; ++seq) {
     const int64_t begin = batch.cu_seqlens[seq];
     const int64_t end = batch.cu_seqlens[seq + 1];
-    if (begin == end) continue;
+    if (begin == end || (params_.left_out != nullptr && params_.left_out[seq])) continue;
     const int64_t start = batch.positions[begin];  // tokens of a sequence are consecutive
     GLOAM_CHECK(start >= 0 && batch.positions[end - 1] == start + (end - 1 - begin));
     GLOAM_CHECK(start + (end - begin) <= batch.context_lens[seq]);

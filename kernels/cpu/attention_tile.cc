@@ -235,6 +235,14 @@ inline void SoftmaxStep(float* HWY_RESTRICT scores, int first, int last, int hea
   hn::Store(sum, d, lane_sums);
 }
 
+// Scores of tokens without a bit in `seen` become minus infinity.
+inline void MaskScores(uint32_t seen, float* scores) {
+  if (seen == std::numeric_limits<uint32_t>::max()) return;
+  for (int token = 0; token < kGroupTokens; ++token) {
+    if ((seen >> token & 1) == 0) scores[token] = -std::numeric_limits<float>::infinity();
+  }
+}
+
 inline VF LoadValues(const float* from) { return hn::Load(DF(), from); }
 template <typename T>
 inline VF LoadValues(const T* from) {
@@ -356,6 +364,18 @@ void AttendPartitionOf(const AttentionTile& tile, int64_t partition, const TileW
     }
     ScoreAllRows(workspace.queries + first_row * head_dim, workspace.keys, rows, head_dim, scores);
 
+    if (tile.logits != nullptr) {
+      for (int row = 0; row < rows; ++row) {
+        std::copy_n(tile.logits + row * tile.logits_stride + group, kGroupTokens,
+                    scores + row * kGroupTokens);
+      }
+    }
+    if (tile.row_masks != nullptr) {
+      for (int row = 0; row < rows; ++row) {
+        MaskScores(tile.row_masks[row * tile.row_mask_stride + group / kGroupTokens],
+                   scores + row * kGroupTokens);
+      }
+    }
     for (int row = first_row; row < first_row + rows; ++row) {
       const int64_t position = tile.first_position + row / heads;
       const int64_t first = std::max<int64_t>(0, position - tile.window + 1 - group);

@@ -27,6 +27,13 @@ struct AttentionTile {
   int heads_per_kv = 0;
   int64_t first_position = 0;  // of the first token; the others follow
   int64_t window = 0;          // tokens that a query sees, itself included
+  // Of tiles with one token, per row and group of the block table: which tokens the row sees (bit
+  // i: token i of the group), [heads_per_kv][row_mask_stride]. Null: all.
+  const uint32_t* row_masks = nullptr;
+  int64_t row_mask_stride = 0;
+  // Of tiles with one token: logits to use instead of q . k, [heads_per_kv][logits_stride].
+  const float* logits = nullptr;
+  int64_t logits_stride = 0;
 
   int num_rows() const { return num_tokens * heads_per_kv; }
   // Positions [begin, end) that some row sees.

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "base/status.h"
+#include "kernels/cpu/selection_memory.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/ops.h"
 #include "kernels/sidecars.h"
@@ -40,6 +41,16 @@ void UpdateSidecars(const UpdateSidecarsParams& params, ThreadPool& pool);
 
 // attention.cc
 void Attention(const AttentionParams& params, ThreadPool& pool, Scratch& scratch);
+
+// sidecars.cc
+void UpdateSidecars(const UpdateSidecarsParams& params, ThreadPool& pool);
+
+// compress_prompt.cc
+void CompressPrompt(const CompressPromptParams& params, ThreadPool& pool);
+
+// sparse_attention.cc
+void SparseAttention(const SparseAttentionParams& params, ThreadPool& pool, Scratch& scratch,
+                     SelectionMemory& memory);
 
 // sample.cc
 void Sample(const SampleParams& params, ThreadPool& pool);

@@ -54,6 +54,15 @@ class CpuOps final : public Ops {
   void Attention(const AttentionParams& params) override {
     cpu::Attention(params, pool_, attention_scratch_);
   }
+  void UpdateSidecars(const UpdateSidecarsParams& params) override {
+    cpu::UpdateSidecars(params, pool_);
+  }
+  void CompressPrompt(const CompressPromptParams& params) override {
+    cpu::CompressPrompt(params, pool_);
+  }
+  void SparseAttention(const SparseAttentionParams& params) override {
+    cpu::SparseAttention(params, pool_, attention_scratch_, selection_memory_);
+  }
   void Sample(const SampleParams& params) override { cpu::Sample(params, pool_); }
   void Score(const ScoreParams& params) override { cpu::Score(params, pool_); }
 
@@ -62,6 +71,7 @@ class CpuOps final : public Ops {
   cpu::ThreadPool pool_;
   cpu::Scratch gemm_scratch_;
   cpu::Scratch attention_scratch_;
+  cpu::SelectionMemory selection_memory_;
 };
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <random>
 
 #include "catch2/catch.hpp"
+#include "kernels/selector.h"
 #include "tests/engine/engine_fixture.h"
 
 namespace gloam {
@@ -13,6 +14,23 @@ using testing::CollectingSink;
 using testing::FakeModel;
 using testing::SmallOptions;
 using testing::TestEngine;
+
+// Sparse from some position on, with or without a compressor; recent_tokens tells policies apart.
+void AddPolicy(std::mt19937& random, Request& request) {
+  const auto draw = [&random](int n) { return static_cast<int>(random() % n); };
+  auto policy = std::make_shared<SparsityPolicy>();
+  policy->selector.selector = FindSelector("none");
+  policy->recent_tokens = 1 + draw(3);
+  policy->bypass_below_tokens = draw(3) == 0 ? draw(60) : 0;
+  policy->skip_first_two_layers = draw(2) == 0;
+  if (draw(3) == 0 && request.sampling.num_prompt_logprobs < 0) {
+    policy->compressor.type = CompressorType::kSnapKv;
+    policy->compressor.window_size = 1;
+    policy->compressor.max_capacity_prompt = 1 + draw(20);
+  }
+  request.num_decoded_prompt_tokens = draw(static_cast<int>(request.prompt.size()));
+  request.sparsity = std::move(policy);
+}
 
 // Requests whose prompts share beginnings; greedy, or seeded.
 std::vector<Request> MakeRequests(std::mt19937& random, int count) {
@@ -34,6 +52,7 @@ std::vector<Request> MakeRequests(std::mt19937& random, int count) {
     if (draw(4) == 0) request.sampling.num_prompt_logprobs = 0;
     if (draw(4) == 0) request.sampling.frequency_penalty = 0.5f;
     if (draw(4) == 0) request.n = 2 + draw(2);
+    if (draw(2) == 0) AddPolicy(random, request);
     request.priority = draw(3);
     requests.push_back(std::move(request));
   }

@@ -48,6 +48,9 @@ class FakeOps : public Ops {
   void Gemm(const GemmParams&) override { Unreachable(); }
   void RopeAppendKv(const RopeKvParams&) override { Unreachable(); }
   void Attention(const AttentionParams&) override { Unreachable(); }
+  void UpdateSidecars(const UpdateSidecarsParams&) override { Unreachable(); }
+  void CompressPrompt(const CompressPromptParams&) override { Unreachable(); }
+  void SparseAttention(const SparseAttentionParams&) override { Unreachable(); }
 
   void Sample(const SampleParams& params) override {
     const int64_t vocab_size = params.logits.shape[1];
@@ -129,6 +132,9 @@ class FakeModel : public Model {
         keys[1] = static_cast<float>(seqs.positions[i]);
       }
     }
+    for (const PromptVote& vote : batch.votes) Vote(batch, vote);
+    for (const SparseRow& row : batch.sparse.rows) MarkSparse(batch, row);
+    CheckSparse(batch);
     for (int row = 0; row < batch.num_logit_rows; ++row) {
       FillLogits(ReadHistory(batch, batch.logit_rows[row]),
                  logits_.data() + static_cast<size_t>(row) * kVocabSize);
@@ -143,6 +149,45 @@ class FakeModel : public Model {
   std::function<int32_t(std::span<const int32_t>)> next_token;
 
  private:
+  // What a sparse token leaves in the cache tells its policy, by recent_tokens, and what the
+  // compressor saw: so whoever reads another's sparse tokens gets other logits.
+  void MarkSparse(const ForwardBatch& batch, const SparseRow& row) {
+    const int64_t slot = batch.seqs.slot_mapping[row.token];
+    int mark = row.policy->recent_tokens;
+    if (row.compressed != nullptr) {
+      GLOAM_CHECK(row.compressed->complete);
+      mark += row.compressed->masks[0] % 7;
+    }
+    for (const KvLayerView& layer : batch.kv) {
+      layer.Keys<float>(slot / kBlockTokens, 0)[slot % kBlockTokens * 2] +=
+          static_cast<float>(kVocabSize * mark);
+    }
+    batch.sparse_stats[batch.sparse.rows.size() + (&row - batch.sparse.rows.data())] = {
+        .context = batch.seqs.positions[row.token] + 1};
+  }
+
+  void Vote(const ForwardBatch& batch, const PromptVote& vote) {
+    const int last = vote.first_window_token + vote.config->window_size - 1;
+    GLOAM_CHECK(vote.first_window_token >= batch.seqs.cu_seqlens[vote.seq]);
+    GLOAM_CHECK(last < batch.seqs.cu_seqlens[vote.seq + 1]);
+    uint64_t hash = 0;
+    for (int32_t token : ReadHistory(batch, last)) hash = Hash(hash, token);
+    vote.compressed->masks[0] = static_cast<TokenMask>(hash);
+  }
+
+  // Sequences are wholly sparse or wholly dense.
+  static void CheckSparse(const ForwardBatch& batch) {
+    int num_rows = 0;
+    for (int seq = 0; seq < batch.seqs.num_seqs; ++seq) {
+      if (!batch.sparse.seqs[seq]) continue;
+      for (int i = batch.seqs.cu_seqlens[seq]; i < batch.seqs.cu_seqlens[seq + 1]; ++i) {
+        GLOAM_CHECK(batch.sparse.rows[num_rows].token == i);
+        GLOAM_CHECK(batch.sparse.rows[num_rows++].seq == seq);
+      }
+    }
+    GLOAM_CHECK(num_rows == static_cast<int>(batch.sparse.rows.size()));
+  }
+
   // The tokens up to and including `token`, an index into the batch.
   const std::vector<int32_t>& ReadHistory(const ForwardBatch& batch, int token) {
     const SequenceBatch& seqs = batch.seqs;

@@ -250,5 +250,58 @@ TEST_CASE("random arrivals, removals and steps keep the books right, and everyon
   CHECK(num_hits > 5000);
 }
 
+TEST_CASE("Sparse tokens never share a step with dense ones, voting tokens stay together") {
+  std::mt19937 random(99);
+  const SparsityPolicy policy;
+  for (int round = 0; round < 300; ++round) {
+    CAPTURE(round);
+    const auto draw = [&random](int n) { return static_cast<int>(random() % n); };
+    const int window = 1 + draw(12);
+    SchedulerOptions options;
+    options.num_blocks = 64;
+    options.max_num_seqs = 4;
+    options.max_num_batched_tokens = window + 4 + draw(40);
+    Scheduler scheduler(options);
+    std::vector<std::unique_ptr<Sequence>> sequences;
+    for (int i = 0; i < 4; ++i) {
+      auto sequence = std::make_unique<Sequence>();
+      sequence->order.arrival = i;
+      sequence->tokens.assign(window + 1 + draw(80), 7);
+      sequence->num_prompt_tokens = static_cast<int>(sequence->tokens.size());
+      sequence->policy = &policy;
+      sequence->num_dense_prompt_tokens = window + draw(sequence->num_prompt_tokens - window) + 1;
+      sequence->first_sparse_token = sequence->num_dense_prompt_tokens + draw(2) * draw(9);
+      sequence->vote_begin = sequence->num_dense_prompt_tokens - window;
+      if (draw(2) == 0) sequence->compressed = std::make_unique<CompressedPrompt>();
+      scheduler.Add(*sequence);
+      sequences.push_back(std::move(sequence));
+    }
+    for (int step = 0; scheduler.HasWork(); ++step) {
+      REQUIRE(step < 500);
+      const StepPlan& plan = scheduler.Schedule();
+      REQUIRE(!plan.sequences.empty());
+      for (const ScheduledSequence& scheduled : plan.sequences) {
+        const Sequence& s = *scheduled.sequence;
+        const int begin = s.num_computed;
+        const int end = begin + scheduled.num_tokens;
+        REQUIRE((end <= s.first_sparse_token || begin >= s.first_sparse_token));
+        REQUIRE(static_cast<int>(s.table.num_committed) * kBlockTokens <= s.first_sparse_token);
+        if (s.compressed) {
+          const bool some = begin < s.num_dense_prompt_tokens && end > s.vote_begin;
+          const bool all = begin <= s.vote_begin && end >= s.num_dense_prompt_tokens;
+          REQUIRE((!some || all));
+        }
+      }
+      scheduler.Advance();
+      REQUIRE(scheduler.CheckIntegrity().ok());
+      for (const auto& sequence : sequences) {
+        if (sequence->state == SequenceState::kRunning && sequence->num_pending() == 0) {
+          scheduler.Remove(*sequence);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace gloam

@@ -1,0 +1,499 @@
+// Sparse decode attention: a task per (row, KV head) that runs all stages on one thread. The stages
+// themselves are in kernels/selectors/, estimate.cc and prune.cc; what is kept is attended by the
+// arithmetic of dense attention (attention_tile.h) over a gathered copy.
+#include "kernels/sparse_attention.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/carver.h"
+#include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cpu/sparse_tail.h"
+#include "kernels/estimate.h"
+#include "kernels/prune.h"
+
+namespace gloam::cpu {
+namespace {
+
+constexpr int kPartitionBlocks = static_cast<int>(kPartitionTokens) / kBlockTokens;
+constexpr int kPartitionGroups = static_cast<int>(kPartitionTokens) / kGroupTokens;
+
+// The block table of gathered tokens: they lie one after another.
+constexpr std::array<int32_t, kPartitionBlocks> kGatheredTable = [] {
+  std::array<int32_t, kPartitionBlocks> table = {};
+  for (int i = 0; i < kPartitionBlocks; ++i) table[i] = i;
+  return table;
+}();
+
+// Sizes of one step's largest task.
+struct TaskShape {
+  int num_heads = 0;  // query heads of a KV head's group
+  int head_dim = 0;
+  int64_t num_blocks = 0;  // full blocks
+  int64_t element_bytes = 0;
+
+  int64_t num_tokens() const { return num_blocks * kBlockTokens; }
+};
+
+// What one thread works in.
+struct TaskMemory {
+  TileWorkspace workspace;
+  AttentionPartial part, total;
+  TokenMask* masks = nullptr;        // [heads][blocks] candidates
+  TokenMask* kept = nullptr;         // [heads][blocks]
+  TokenMask* always_kept = nullptr;  // [blocks]
+  TokenMask* loaded = nullptr;       // [blocks] union of the heads
+  float* logits = nullptr;           // [heads][tokens] estimated
+  float* weights = nullptr;          // [heads][tokens]
+  TokenMask* open_masks = nullptr;   // [heads]
+  float* open_logits = nullptr;      // [heads][16]
+  float* masses = nullptr;           // [heads][blocks]
+  char* gathered = nullptr;          // [blocks of a partition][K|V][16][head_dim]
+  uint32_t* row_masks = nullptr;     // [heads][groups of a partition]
+  float* gathered_logits = nullptr;  // [heads][tokens of a partition]
+
+  TaskMemory(Carver& carver, const TaskShape& shape) {
+    const int64_t heads = shape.num_heads;
+    const int64_t dim = shape.head_dim;
+    workspace.queries = carver.Take<float>(heads * dim);
+    workspace.keys = carver.Take<float>(dim * kGroupTokens);
+    workspace.values = carver.Take<float>(dim * kGroupTokens);
+    workspace.probs = carver.Take<float>(heads * kGroupTokens);
+    workspace.lane_sums = carver.Take<float>(heads * kBlockTokens);
+    for (AttentionPartial* partial : {&part, &total}) {
+      partial->acc = carver.Take<float>(heads * dim);
+      partial->sum = carver.Take<float>(heads);
+      partial->max = carver.Take<float>(heads);
+    }
+    masks = carver.Take<TokenMask>(heads * shape.num_blocks);
+    kept = carver.Take<TokenMask>(heads * shape.num_blocks);
+    always_kept = carver.Take<TokenMask>(shape.num_blocks);
+    loaded = carver.Take<TokenMask>(shape.num_blocks);
+    logits = carver.Take<float>(heads * shape.num_tokens());
+    weights = carver.Take<float>(heads * shape.num_tokens());
+    open_masks = carver.Take<TokenMask>(heads);
+    open_logits = carver.Take<float>(heads * kBlockTokens);
+    masses = carver.Take<float>(heads * shape.num_blocks);
+    gathered = carver.Take<char>(2 * kPartitionTokens * dim * shape.element_bytes);
+    row_masks = carver.Take<uint32_t>(heads * kPartitionGroups);
+    gathered_logits = carver.Take<float>(heads * kPartitionTokens);
+  }
+};
+
+// All stages for one row and KV head.
+class HeadTask {
+ public:
+  HeadTask(const SparseAttentionParams& params, const SparseRow& row, int kv_head,
+           const TaskMemory& memory);
+
+  SparseHeadStats Run(SelectionMemory& selections, size_t slot);
+
+ private:
+  void StageQueries();
+  void SetCandidates();
+  void SetAlwaysKept();
+  void Select(SelectionMemory& selections, size_t slot);
+  void ComputeOpenLogits();
+  void Prune();
+  void Unite();
+  void Attend();
+  // Copies `count` tokens of the list to memory_.gathered and attends to them.
+  void AttendGathered(int count);
+  void AddTail();
+  void WriteOutput();
+  SparseHeadStats Stats();
+  float TrueMass();
+
+  // Appends a token of the context, at `slot` of the partition being gathered.
+  void Gather(int64_t token, int slot);
+  int64_t BlockId(int64_t block) const { return keys_.block_table[block]; }
+  const char* KeyRow(int64_t token) const {
+    return static_cast<const char*>(params_.kv.data) +
+           BlockId(token / kBlockTokens) * params_.kv.layout.block_bytes() + kv_head_ * run_bytes_ +
+           token % kBlockTokens * row_bytes_;
+  }
+  TokenMask* MasksOf(TokenMask* masks, int head) const { return masks + head * num_blocks_; }
+  float* RowOf(float* rows, int head) const { return rows + head * num_blocks_ * kBlockTokens; }
+  bool NeedsEstimate() const {
+    return policy_.pruner.type != PrunerType::kNone || policy_.tail != TailType::kNone ||
+           policy_.use_estimated_weights_in_attn;
+  }
+
+  const SparseAttentionParams& params_;
+  const SparseRow& row_;
+  const SparsityPolicy& policy_;
+  const int kv_head_;
+  const TaskMemory& memory_;
+  const int head_dim_;
+  const int num_heads_;
+  const int64_t context_len_;
+  const int64_t num_blocks_;  // full blocks; the open one comes after them
+  const int num_open_;        // its tokens, 1 to 16
+  const int64_t row_bytes_;   // of a key or value
+  const int64_t run_bytes_;
+  KeyBlocks keys_;
+  std::vector<PruneResult>& results_;
+  int64_t num_candidates_ = 0;  // over the heads
+  int64_t num_kept_ = 0;        // over the heads, before sharing
+};
+
+std::vector<PruneResult>& ThreadResults(int num_heads) {
+  thread_local std::vector<PruneResult> results;
+  results.assign(num_heads, {});
+  return results;
+}
+
+int64_t ContextOf(const SparseAttentionParams& params, const SparseRow& row) {
+  return int64_t{params.batch.positions[row.token]} + 1;
+}
+
+int64_t FullBlocksOf(int64_t context_len) { return (context_len - 1) / kBlockTokens; }
+
+HeadTask::HeadTask(const SparseAttentionParams& params, const SparseRow& row, int kv_head,
+                   const TaskMemory& memory)
+    : params_(params),
+      row_(row),
+      policy_(*row.policy),
+      kv_head_(kv_head),
+      memory_(memory),
+      head_dim_(params.kv.layout.head_dim),
+      num_heads_(static_cast<int>(params.q.shape[1]) / params.kv.layout.num_kv_heads),
+      context_len_(ContextOf(params, row)),
+      num_blocks_(FullBlocksOf(context_len_)),
+      num_open_(static_cast<int>(context_len_ - num_blocks_ * kBlockTokens)),
+      row_bytes_(head_dim_ * static_cast<int64_t>(DTypeBytes(params.kv.layout.dtype))),
+      run_bytes_(row_bytes_ * kBlockTokens),
+      results_(ThreadResults(num_heads_)) {
+  keys_.kv = params.kv;
+  keys_.sidecars = params.sidecars;
+  keys_.block_table =
+      params.batch.block_tables + int64_t{row.seq} * params.batch.max_blocks_per_seq;
+  keys_.num_blocks = num_blocks_;
+  keys_.kv_head = kv_head;
+}
+
+SparseHeadStats HeadTask::Run(SelectionMemory& selections, size_t slot) {
+  StageQueries();
+  SetCandidates();
+  SetAlwaysKept();
+  Select(selections, slot);
+  if (NeedsEstimate()) {
+    Estimate({.estimator = policy_.estimator,
+              .keys = keys_,
+              .queries = memory_.workspace.queries,
+              .num_heads = num_heads_,
+              .head_dim = head_dim_,
+              .masks = memory_.masks,
+              .logits = memory_.logits});
+    ComputeOpenLogits();
+  }
+  Prune();
+  Unite();
+  Attend();
+  if (policy_.tail == TailType::kBlockMean) AddTail();
+  WriteOutput();
+  return Stats();
+}
+
+void HeadTask::StageQueries() {
+  const TensorView& q = params_.q;
+  for (int head = 0; head < num_heads_; ++head) {
+    const int64_t at =
+        row_.token * q.strides[0] + (int64_t{kv_head_} * num_heads_ + head) * q.strides[1];
+    ScaleRow(static_cast<const float*>(q.data) + at, params_.scale, head_dim_,
+             memory_.workspace.queries + int64_t{head} * head_dim_);
+  }
+}
+
+// Every full block, less what a compressor has dropped.
+void HeadTask::SetCandidates() {
+  std::fill_n(memory_.masks, num_blocks_, kAllTokens);
+  if (row_.compressed != nullptr) {
+    const TokenMask* prompt = row_.compressed->Head(params_.layer, kv_head_);
+    std::copy_n(prompt, std::min(row_.compressed->num_blocks, num_blocks_), memory_.masks);
+  }
+  for (int head = 1; head < num_heads_; ++head) {
+    std::copy_n(memory_.masks, num_blocks_, MasksOf(memory_.masks, head));
+  }
+}
+
+void HeadTask::SetAlwaysKept() {
+  const int64_t num_sinks = policy_.sink_tokens;
+  const int64_t first_recent = context_len_ - policy_.recent_tokens;
+  for (int64_t block = 0; block < num_blocks_; ++block) {
+    const int64_t first = block * kBlockTokens;
+    TokenMask kept = kNoTokens;
+    if (first < num_sinks) {
+      const int64_t count = std::min<int64_t>(num_sinks - first, kBlockTokens);
+      kept |= kAllTokens >> (kBlockTokens - count);
+    }
+    if (first + kBlockTokens > first_recent) {
+      const int64_t skipped = std::max<int64_t>(0, first_recent - first);
+      kept |= static_cast<TokenMask>(kAllTokens << skipped);
+    }
+    memory_.always_kept[block] = kept & memory_.masks[block];
+  }
+}
+
+void HeadTask::Select(SelectionMemory& selections, size_t slot) {
+  SelectParams select;
+  select.config = &policy_.selector;
+  select.keys = keys_;
+  select.queries = memory_.workspace.queries;
+  select.num_heads = num_heads_;
+  select.head_dim = head_dim_;
+  select.context_len = context_len_;
+  select.layer = params_.layer;
+  select.masks = memory_.masks;
+  select.remembered = selections.Recall(slot);
+  select.scratch = memory_.weights;
+  policy_.selector.selector->Select(select);
+  if (select.remember) {
+    selections.Remember(slot, {memory_.masks, static_cast<size_t>(num_heads_ * num_blocks_)});
+  }
+  for (int head = 0; head < num_heads_; ++head) {
+    TokenMask* masks = MasksOf(memory_.masks, head);
+    for (int64_t block = 0; block < num_blocks_; ++block) {
+      masks[block] |= memory_.always_kept[block];
+    }
+    num_candidates_ += CountTokens(masks, num_blocks_);
+  }
+}
+
+// Exact logits of the open block, and of nothing else.
+void HeadTask::ComputeOpenLogits() {
+  KeyBlocks open = keys_;
+  open.block_table += num_blocks_;
+  open.num_blocks = 1;
+  std::fill_n(memory_.open_masks, num_heads_,
+              static_cast<TokenMask>(kAllTokens >> (kBlockTokens - num_open_)));
+  Estimate({.estimator = {.type = EstimatorType::kNone},
+            .keys = open,
+            .queries = memory_.workspace.queries,
+            .num_heads = num_heads_,
+            .head_dim = head_dim_,
+            .masks = memory_.open_masks,
+            .logits = memory_.open_logits});
+}
+
+void HeadTask::Prune() {
+  if (!NeedsEstimate()) {
+    std::copy_n(memory_.masks, num_heads_ * num_blocks_, memory_.kept);
+    num_kept_ = num_candidates_;
+    return;
+  }
+  for (int head = 0; head < num_heads_; ++head) {
+    results_[head] = cpu::Prune({.pruner = policy_.pruner,
+                                 .logits = RowOf(memory_.logits, head),
+                                 .candidates = MasksOf(memory_.masks, head),
+                                 .always_kept = memory_.always_kept,
+                                 .num_blocks = num_blocks_,
+                                 .open_logits = memory_.open_logits + head * kBlockTokens,
+                                 .num_open = num_open_,
+                                 .weights = RowOf(memory_.weights, head),
+                                 .kept = MasksOf(memory_.kept, head)});
+    num_kept_ += results_[head].num_kept;
+  }
+}
+
+// What the group reads; with share_group it is also what each of its heads attends to.
+void HeadTask::Unite() {
+  std::copy_n(memory_.kept, num_blocks_, memory_.loaded);
+  for (int head = 1; head < num_heads_; ++head) {
+    const TokenMask* kept = MasksOf(memory_.kept, head);
+    for (int64_t block = 0; block < num_blocks_; ++block) memory_.loaded[block] |= kept[block];
+  }
+  if (!policy_.pruner.share_group) return;
+  for (int head = 0; head < num_heads_; ++head) {
+    std::copy_n(memory_.loaded, num_blocks_, MasksOf(memory_.kept, head));
+  }
+}
+
+void HeadTask::Gather(int64_t token, int slot) {
+  const int64_t block = slot / kBlockTokens;
+  const int64_t offset = slot % kBlockTokens * row_bytes_;
+  char* keys = memory_.gathered + block * 2 * run_bytes_ + offset;
+  const char* from = KeyRow(token);
+  std::memcpy(keys, from, row_bytes_);
+  std::memcpy(keys + run_bytes_, from + params_.kv.layout.num_kv_heads * run_bytes_, row_bytes_);
+  const int64_t judged = token / kBlockTokens;
+  for (int head = 0; head < num_heads_; ++head) {
+    const bool open = judged == num_blocks_;
+    const bool sees =
+        open || (MasksOf(memory_.kept, head)[judged] >> (token % kBlockTokens) & 1) != 0;
+    uint32_t& mask = memory_.row_masks[head * kPartitionGroups + slot / kGroupTokens];
+    mask |= uint32_t{sees} << (slot % kGroupTokens);
+    if (policy_.use_estimated_weights_in_attn) {
+      memory_.gathered_logits[head * kPartitionTokens + slot] =
+          open ? memory_.open_logits[head * kBlockTokens + token % kBlockTokens]
+               : RowOf(memory_.logits, head)[token];
+    }
+  }
+}
+
+void HeadTask::Attend() {
+  ClearPartial(memory_.total, num_heads_, head_dim_);
+  int count = 0;
+  const auto add = [&](int64_t token) {
+    if (count == 0) std::fill_n(memory_.row_masks, num_heads_ * kPartitionGroups, 0u);
+    Gather(token, count);
+    if (++count == kPartitionTokens) {
+      AttendGathered(count);
+      count = 0;
+    }
+  };
+  for (int64_t block = 0; block < num_blocks_; ++block) {
+    for (uint32_t left = memory_.loaded[block]; left != 0; left &= left - 1) {
+      add(block * kBlockTokens + std::countr_zero(left));
+    }
+  }
+  for (int64_t token = num_blocks_ * kBlockTokens; token < context_len_; ++token) add(token);
+  if (count > 0) AttendGathered(count);
+}
+
+void HeadTask::AttendGathered(int count) {
+  AttentionTile tile;
+  tile.kv.data = memory_.gathered;
+  tile.kv.layout = params_.kv.layout;
+  tile.kv.layout.num_kv_heads = 1;
+  tile.kv.num_blocks = kPartitionBlocks;
+  tile.block_table = kGatheredTable.data();
+  tile.num_tokens = 1;
+  tile.heads_per_kv = num_heads_;
+  tile.first_position = count - 1;
+  tile.window = std::numeric_limits<int32_t>::max();
+  if (!policy_.pruner.share_group && num_heads_ > 1) {
+    tile.row_masks = memory_.row_masks;
+    tile.row_mask_stride = kPartitionGroups;
+  }
+  if (policy_.use_estimated_weights_in_attn) {
+    tile.logits = memory_.gathered_logits;
+    tile.logits_stride = kPartitionTokens;
+  }
+  AttendPartition(tile, 0, memory_.workspace, memory_.part);
+  FoldPartial(memory_.total, memory_.part, num_heads_, head_dim_);
+}
+
+void HeadTask::AddTail() {
+  ClearPartial(memory_.part, num_heads_, head_dim_);
+  AddTailMeans({.keys = keys_,
+                .tail_block = policy_.tail_block,
+                .num_heads = num_heads_,
+                .head_dim = head_dim_,
+                .weights = memory_.weights,
+                .kept = memory_.kept,
+                .masses = memory_.masses},
+               memory_.part);
+  for (int head = 0; head < num_heads_; ++head) {
+    // Without a tail the fold must not touch the head's result.
+    if (memory_.part.sum[head] > 0) memory_.part.max[head] = results_[head].max_logit;
+  }
+  FoldPartial(memory_.total, memory_.part, num_heads_, head_dim_);
+}
+
+void HeadTask::WriteOutput() {
+  const TensorView& out = params_.out;
+  for (int head = 0; head < num_heads_; ++head) {
+    const int64_t at =
+        row_.token * out.strides[0] + (int64_t{kv_head_} * num_heads_ + head) * out.strides[1];
+    ScaleRow(memory_.total.acc + int64_t{head} * head_dim_, 1.0f / memory_.total.sum[head],
+             head_dim_, static_cast<float*>(out.data) + at);
+  }
+}
+
+SparseHeadStats HeadTask::Stats() {
+  SparseHeadStats stats;
+  stats.context = static_cast<int>(context_len_);
+  const auto heads = static_cast<float>(num_heads_);
+  const auto open = static_cast<float>(num_open_);
+  stats.candidates = static_cast<float>(num_candidates_) / heads + open;
+  stats.kept = static_cast<float>(num_kept_) / heads + open;
+  stats.loaded = static_cast<int>(CountTokens(memory_.loaded, num_blocks_)) + num_open_;
+  if (row_.measure_true_mass) stats.true_mass = TrueMass();
+  return stats;
+}
+
+// Share of the full softmax that falls on the attended tokens, mean over the heads.
+float HeadTask::TrueMass() {
+  std::fill_n(memory_.masks, num_heads_ * num_blocks_, kAllTokens);
+  const EstimatorConfig exact = {.type = EstimatorType::kNone};
+  Estimate({.estimator = exact,
+            .keys = keys_,
+            .queries = memory_.workspace.queries,
+            .num_heads = num_heads_,
+            .head_dim = head_dim_,
+            .masks = memory_.masks,
+            .logits = memory_.logits});
+  ComputeOpenLogits();
+  double share = 0;
+  for (int head = 0; head < num_heads_; ++head) {
+    const float* logits = RowOf(memory_.logits, head);
+    const float* open = memory_.open_logits + head * kBlockTokens;
+    float max = *std::max_element(open, open + num_open_);
+    for (int64_t i = 0; i < num_blocks_ * kBlockTokens; ++i) max = std::max(max, logits[i]);
+    double kept = 0;
+    double all = 0;
+    for (int i = 0; i < num_open_; ++i) kept += std::exp(open[i] - max);
+    all = kept;
+    for (int64_t i = 0; i < num_blocks_ * kBlockTokens; ++i) {
+      const double weight = std::exp(logits[i] - max);
+      all += weight;
+      if ((MasksOf(memory_.kept, head)[i / kBlockTokens] >> (i % kBlockTokens) & 1) != 0) {
+        kept += weight;
+      }
+    }
+    share += kept / all;
+  }
+  return static_cast<float>(share / num_heads_);
+}
+
+void CheckShapes(const SparseAttentionParams& params) {
+  const TensorView& q = params.q;
+  const KvLayout& layout = params.kv.layout;
+  GLOAM_CHECK(q.rank == 3 && params.out.rank == 3 && params.out.shape == q.shape);
+  GLOAM_CHECK(q.dtype == DType::kF32 && params.out.dtype == DType::kF32);
+  GLOAM_CHECK(q.shape[0] == params.batch.num_tokens && q.shape[2] == layout.head_dim);
+  GLOAM_CHECK(layout.num_kv_heads > 0 && q.shape[1] % layout.num_kv_heads == 0);
+  GLOAM_CHECK(layout.head_dim > 0 && layout.head_dim % 16 == 0 && IsKvDType(layout.dtype));
+  for (const SparseRow& row : params.rows) {
+    GLOAM_CHECK(row.policy != nullptr && row.token >= 0 && row.token < params.batch.num_tokens);
+    GLOAM_CHECK(row.compressed == nullptr || row.compressed->complete);
+  }
+}
+
+}  // namespace
+
+void SparseAttention(const SparseAttentionParams& params, ThreadPool& pool, Scratch& scratch,
+                     SelectionMemory& memory) {
+  CheckShapes(params);
+  if (params.rows.empty()) return;
+  const int num_kv_heads = params.kv.layout.num_kv_heads;
+  TaskShape shape;
+  shape.num_heads = static_cast<int>(params.q.shape[1]) / num_kv_heads;
+  shape.head_dim = params.kv.layout.head_dim;
+  shape.element_bytes = static_cast<int64_t>(DTypeBytes(params.kv.layout.dtype));
+  for (const SparseRow& row : params.rows) {
+    shape.num_blocks = std::max(shape.num_blocks, FullBlocksOf(ContextOf(params, row)));
+  }
+  Carver counter(nullptr);
+  TaskMemory(counter, shape);
+  const int64_t thread_bytes = counter.used_bytes();
+  auto* base = static_cast<char*>(scratch.Get(thread_bytes * pool.num_threads()));
+
+  memory.BeginLayer(params.layer, static_cast<size_t>(params.batch.num_tokens) * num_kv_heads);
+  const auto num_tasks = static_cast<int64_t>(params.rows.size()) * num_kv_heads;
+  pool.ParallelFor(num_tasks, [&](int64_t index, int thread) {
+    Carver carver(base + thread * thread_bytes);
+    const TaskMemory task_memory(carver, shape);
+    const SparseRow& row = params.rows[index / num_kv_heads];
+    const int kv_head = static_cast<int>(index % num_kv_heads);
+    const size_t slot = static_cast<size_t>(row.token) * num_kv_heads + kv_head;
+    params.stats[index] = HeadTask(params, row, kv_head, task_memory).Run(memory, slot);
+  });
+}
+
+}  // namespace gloam::cpu
