@@ -38,7 +38,7 @@ void AddTopP(const PruneParams& params, double base, double total) {
   }
   const double share = params.pruner.threshold;
   const double missing = share * total - base;
-  const int64_t count = CountTokens(params.kept, params.num_blocks);
+  const int64_t count = CountOf(params.kept, params.num_blocks);
   if (missing <= 0 || count == 0) {
     std::fill_n(params.kept, params.num_blocks, kNoTokens);
     return;
@@ -47,16 +47,17 @@ void AddTopP(const PruneParams& params, double base, double total) {
   const float negligible =
       static_cast<float>(0.5 * (1 - share) * total / static_cast<double>(count));
   KeyBuffers& buffers = ThreadKeyBuffers(count);
-  const int64_t num_keys =
+  const KeyRange keys =
       GatherKeysFrom(params.weights, negligible, params.kept, params.num_blocks, buffers);
-  GLOAM_CHECK(num_keys > 0);
-  const Cut cut = CutByMass(buffers, num_keys, missing);
+  GLOAM_CHECK(keys.count > 0);
+  const Cut cut = CutByMass(buffers, keys, missing);
   KeepAtLeast(params.weights, ValueOfKey(cut.key), params.num_blocks, params.kept);
 }
 
 // Adds the largest weights until min_tokens are kept.
 void FillUp(const PruneParams& params) {
-  const int64_t missing = params.pruner.min_tokens - CountTokens(params.kept, params.num_blocks);
+  if (params.pruner.min_tokens == 0) return;
+  const int64_t missing = params.pruner.min_tokens - CountOf(params.kept, params.num_blocks);
   if (missing <= 0) return;
   thread_local std::vector<TokenMask> rest;
   rest.resize(static_cast<size_t>(params.num_blocks));
@@ -105,7 +106,7 @@ PruneResult Prune(const PruneParams& params) {
     for (int64_t i = 0; i < num_blocks; ++i) params.kept[i] |= AlwaysKept(params, i);
   }
   FillUp(params);
-  result.num_kept = CountTokens(params.kept, num_blocks);
+  result.num_kept = CountOf(params.kept, num_blocks);
   result.kept_mass = SumOf(params.weights, params.kept, num_blocks) + open_mass;
   return result;
 }

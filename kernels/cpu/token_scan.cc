@@ -163,17 +163,29 @@ void KeepAtLeastTarget(const float* values, float at_least, int64_t num_blocks, 
   }
 }
 
-int64_t GatherKeysFromTarget(const float* values, int32_t lowest, const TokenMask* masks,
-                             int64_t num_blocks, int32_t* HWY_RESTRICT keys) {
+KeyRange GatherKeysFromTarget(const float* values, int32_t lowest, const TokenMask* masks,
+                              int64_t num_blocks, int32_t* HWY_RESTRICT keys) {
   const DI di;
   const VI limit = hn::Set(di, lowest);
-  int64_t count = 0;
+  VI min = hn::Set(di, std::numeric_limits<int32_t>::max());
+  VI max = hn::Set(di, std::numeric_limits<int32_t>::min());
+  KeyRange range;
   ForEachVector(masks, num_blocks, [&](int64_t at, MI lanes) HWY_ATTR {
     const VI key = LoadKeys(values + at);
     const MI wanted = hn::AndNot(hn::Lt(key, limit), lanes);
-    hn::StoreU(hn::Compress(key, wanted), di, keys + count);
-    count += static_cast<int64_t>(hn::CountTrue(di, wanted));
+    min = hn::IfThenElse(wanted, hn::Min(min, key), min);
+    max = hn::IfThenElse(wanted, hn::Max(max, key), max);
+    hn::StoreU(hn::Compress(key, wanted), di, keys + range.count);
+    range.count += static_cast<int64_t>(hn::CountTrue(di, wanted));
   });
+  range.min = hn::GetLane(hn::MinOfLanes(di, min));
+  range.max = hn::GetLane(hn::MaxOfLanes(di, max));
+  return range;
+}
+
+int64_t CountOfTarget(const TokenMask* masks, int64_t num_blocks) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < num_blocks; ++i) count += std::popcount(masks[i]);
   return count;
 }
 
@@ -222,34 +234,31 @@ Split SplitKeys(int32_t* keys, int32_t* HWY_RESTRICT above, int64_t count, int32
 // Halves the undecided keys until all that are left are equal. What has been decided: keys above
 // them are in, with a measure short of `wanted`, keys below them are out.
 template <bool kMass>
-Cut FindCut(int32_t* keys, int32_t* spare, int64_t count, double wanted) {
-  const auto [smallest, largest] = std::minmax_element(keys, keys + count);
-  int32_t min = *smallest;
-  int32_t max = *largest;
+Cut FindCut(int32_t* keys, int32_t* spare, KeyRange range, double wanted) {
   Cut cut;
-  for (bool by_value = true; min < max; by_value = !by_value) {
-    const int32_t pivot = PivotOf(min, max, by_value);
-    const Split split = SplitKeys<kMass>(keys, spare, count, pivot);
+  for (bool by_value = true; range.min < range.max; by_value = !by_value) {
+    const int32_t pivot = PivotOf(range.min, range.max, by_value);
+    const Split split = SplitKeys<kMass>(keys, spare, range.count, pivot);
     if (cut.above + split.measure_above >= wanted) {
       std::swap(keys, spare);
-      count = split.num_above;
-      min = split.min_above;
+      range.count = split.num_above;
+      range.min = split.min_above;
     } else {
       cut.above += split.measure_above;
-      count = split.num_below;
-      max = split.max_below;
+      range.count = split.num_below;
+      range.max = split.max_below;
     }
   }
-  cut.key = min;
+  cut.key = range.min;
   return cut;
 }
 
-Cut CutByCountTarget(int32_t* keys, int32_t* spare, int64_t num_keys, double count) {
-  return FindCut<false>(keys, spare, num_keys, count);
+Cut CutByCountTarget(int32_t* keys, int32_t* spare, const KeyRange& range, double count) {
+  return FindCut<false>(keys, spare, range, count);
 }
 
-Cut CutByMassTarget(int32_t* keys, int32_t* spare, int64_t num_keys, double mass) {
-  return FindCut<true>(keys, spare, num_keys, mass);
+Cut CutByMassTarget(int32_t* keys, int32_t* spare, const KeyRange& range, double mass) {
+  return FindCut<true>(keys, spare, range, mass);
 }
 
 void KeepFromCutTarget(const float* values, int32_t cut, int64_t num_equal, int64_t num_blocks,
@@ -286,6 +295,7 @@ HWY_EXPORT(MaxOfTarget);
 HWY_EXPORT(ExpWeightsTarget);
 HWY_EXPORT(SumOfTarget);
 HWY_EXPORT(KeepAtLeastTarget);
+HWY_EXPORT(CountOfTarget);
 HWY_EXPORT(GatherKeysFromTarget);
 HWY_EXPORT(CutByCountTarget);
 HWY_EXPORT(CutByMassTarget);
@@ -326,25 +336,29 @@ void KeepAtLeast(const float* values, float at_least, int64_t num_blocks, TokenM
   HWY_DYNAMIC_DISPATCH(KeepAtLeastTarget)(values, at_least, num_blocks, masks);
 }
 
-int64_t GatherKeys(const float* values, const TokenMask* masks, int64_t num_blocks,
-                   KeyBuffers& buffers) {
+int64_t CountOf(const TokenMask* masks, int64_t num_blocks) {
+  return HWY_DYNAMIC_DISPATCH(CountOfTarget)(masks, num_blocks);
+}
+
+KeyRange GatherKeys(const float* values, const TokenMask* masks, int64_t num_blocks,
+                    KeyBuffers& buffers) {
   return HWY_DYNAMIC_DISPATCH(GatherKeysFromTarget)(values, std::numeric_limits<int32_t>::min(),
                                                     masks, num_blocks, buffers.keys.data());
 }
 
-int64_t GatherKeysFrom(const float* values, float at_least, const TokenMask* masks,
-                       int64_t num_blocks, KeyBuffers& buffers) {
+KeyRange GatherKeysFrom(const float* values, float at_least, const TokenMask* masks,
+                        int64_t num_blocks, KeyBuffers& buffers) {
   return HWY_DYNAMIC_DISPATCH(GatherKeysFromTarget)(values, KeyOfValue(at_least), masks, num_blocks,
                                                     buffers.keys.data());
 }
 
-Cut CutByCount(KeyBuffers& buffers, int64_t num_keys, int64_t count) {
-  return HWY_DYNAMIC_DISPATCH(CutByCountTarget)(buffers.keys.data(), buffers.spare.data(), num_keys,
+Cut CutByCount(KeyBuffers& buffers, const KeyRange& keys, int64_t count) {
+  return HWY_DYNAMIC_DISPATCH(CutByCountTarget)(buffers.keys.data(), buffers.spare.data(), keys,
                                                 static_cast<double>(count));
 }
 
-Cut CutByMass(KeyBuffers& buffers, int64_t num_keys, double mass) {
-  return HWY_DYNAMIC_DISPATCH(CutByMassTarget)(buffers.keys.data(), buffers.spare.data(), num_keys,
+Cut CutByMass(KeyBuffers& buffers, const KeyRange& keys, double mass) {
+  return HWY_DYNAMIC_DISPATCH(CutByMassTarget)(buffers.keys.data(), buffers.spare.data(), keys,
                                                mass);
 }
 

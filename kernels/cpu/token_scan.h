@@ -25,6 +25,9 @@ double SumOf(const float* values, const TokenMask* masks, int64_t num_blocks);
 // Clears the bits of tokens whose value is below `at_least`; NaN is.
 void KeepAtLeast(const float* values, float at_least, int64_t num_blocks, TokenMask* masks);
 
+// Sum of CountTokens.
+int64_t CountOf(const TokenMask* masks, int64_t num_blocks);
+
 // ---- cuts: the search for the value that a sum or a count is reached at
 
 // Integers in the order of the values: NaN first, and zeros of both signs equal.
@@ -35,24 +38,29 @@ struct KeyBuffers {
 // The calling thread's, with room for num_tokens keys.
 KeyBuffers& ThreadKeyBuffers(int64_t num_tokens);
 
-// Writes the keys of the tokens into buffers.keys and returns how many.
-int64_t GatherKeys(const float* values, const TokenMask* masks, int64_t num_blocks,
-                   KeyBuffers& buffers);
+struct KeyRange {
+  int64_t count = 0;
+  int32_t min = 0;
+  int32_t max = 0;
+};
+// Writes the keys of the tokens into buffers.keys.
+KeyRange GatherKeys(const float* values, const TokenMask* masks, int64_t num_blocks,
+                    KeyBuffers& buffers);
 // The same without values below `at_least`, which is not NaN.
-int64_t GatherKeysFrom(const float* values, float at_least, const TokenMask* masks,
-                       int64_t num_blocks, KeyBuffers& buffers);
+KeyRange GatherKeysFrom(const float* values, float at_least, const TokenMask* masks,
+                        int64_t num_blocks, KeyBuffers& buffers);
 
 struct Cut {
   int32_t key = 0;
   double above = 0;  // the count, or the sum, of keys > key
 };
-// The largest of the gathered keys for which `count` keys are >= it. 0 < count <= num_keys.
-// Clobbers the buffers. Reads keys while undecided, in at most 64 passes and two to four in
-// practice.
-Cut CutByCount(KeyBuffers& buffers, int64_t num_keys, int64_t count);
+// The largest of the gathered keys for which `count` keys are >= it. 0 < count <= keys.count.
+// Clobbers the buffers. Passes over what is undecided, at most 64 times; what is undecided is
+// halved or better in all but a few of them.
+Cut CutByCount(KeyBuffers& buffers, const KeyRange& keys, int64_t count);
 // The largest of the gathered keys for which the values >= it sum to `mass`; the smallest where all
-// of them do not reach it. Values are not negative; 0 < num_keys.
-Cut CutByMass(KeyBuffers& buffers, int64_t num_keys, double mass);
+// of them do not reach it. Values are not negative; 0 < keys.count.
+Cut CutByMass(KeyBuffers& buffers, const KeyRange& keys, double mass);
 
 // Keeps of `masks` the tokens with keys > cut and the first num_equal of those with keys == cut.
 void KeepFromCut(const float* values, int32_t cut, int64_t num_equal, int64_t num_blocks,

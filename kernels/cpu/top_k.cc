@@ -8,15 +8,15 @@
 namespace gloam::cpu {
 
 void KeepTopTokens(const float* scores, int64_t count, int64_t num_blocks, TokenMask* masks) {
-  const int64_t num_tokens = CountTokens(masks, num_blocks);
+  const int64_t num_tokens = CountOf(masks, num_blocks);
   if (count >= num_tokens) return;
   if (count <= 0) {
     std::fill_n(masks, num_blocks, kNoTokens);
     return;
   }
   KeyBuffers& buffers = ThreadKeyBuffers(num_tokens);
-  GatherKeys(scores, masks, num_blocks, buffers);
-  const Cut cut = CutByCount(buffers, num_tokens, count);
+  const KeyRange keys = GatherKeys(scores, masks, num_blocks, buffers);
+  const Cut cut = CutByCount(buffers, keys, count);
   KeepFromCut(scores, cut.key, count - static_cast<int64_t>(cut.above), num_blocks, masks);
 }
 
