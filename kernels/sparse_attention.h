@@ -7,7 +7,9 @@
 // the result of dense attention, bit for bit.
 #pragma once
 
+#include <atomic>
 #include <span>
+#include <vector>
 
 #include "kernels/paged_kv.h"
 #include "kernels/sidecars.h"
@@ -46,6 +48,11 @@ struct SparseHeadStats {
   float true_mass = -1;  // share of the full softmax mass that was kept, mean of the group
 };
 
+// Where the time of sparse attention goes, in nanoseconds summed over rows, KV heads and threads.
+struct SparseStageTimes {
+  std::atomic<int64_t> select = 0, estimate = 0, prune = 0, attend = 0, tail = 0;
+};
+
 struct SparseAttentionParams {
   SequenceBatch batch;
   TensorView q;  // [num_tokens, num_heads, head_dim], after RoPE
@@ -56,6 +63,7 @@ struct SparseAttentionParams {
   std::span<const SparseRow> rows;
   SparseHeadStats* stats = nullptr;  // [rows.size()][num_kv_heads] out
   TensorView out;                    // [num_tokens, num_heads, head_dim]; only `rows` are written
+  SparseStageTimes* times = nullptr;  // added to, for benches; null: nothing is timed
 };
 
 // SnapKV: the last `window_size` tokens of a sequence's prompt vote for the tokens before them;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -82,6 +83,26 @@ struct TaskMemory {
     row_masks = carver.Take<uint32_t>(heads * kPartitionGroups);
     gathered_logits = carver.Take<float>(heads * kPartitionTokens);
   }
+};
+
+// Adds the time since the last lap to a stage; does nothing without `times`.
+class StageClock {
+ public:
+  explicit StageClock(SparseStageTimes* times) : times_(times) {
+    if (times_ != nullptr) last_ = Clock::now();
+  }
+  void Lap(std::atomic<int64_t> SparseStageTimes::*stage) {
+    if (times_ == nullptr) return;
+    const Clock::time_point now = Clock::now();
+    const auto elapsed = std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_);
+    (times_->*stage).fetch_add(elapsed.count(), std::memory_order_relaxed);
+    last_ = now;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  SparseStageTimes* times_;
+  Clock::time_point last_;
 };
 
 // All stages for one row and KV head.
@@ -177,10 +198,12 @@ HeadTask::HeadTask(const SparseAttentionParams& params, const SparseRow& row, in
 }
 
 SparseHeadStats HeadTask::Run(SelectionMemory& selections, size_t slot) {
+  StageClock clock(params_.times);
   StageQueries();
   SetCandidates();
   SetAlwaysKept();
   Select(selections, slot);
+  clock.Lap(&SparseStageTimes::select);
   if (NeedsEstimate()) {
     Estimate({.estimator = policy_.estimator,
               .keys = keys_,
@@ -191,10 +214,14 @@ SparseHeadStats HeadTask::Run(SelectionMemory& selections, size_t slot) {
               .logits = memory_.logits});
     ComputeOpenLogits();
   }
+  clock.Lap(&SparseStageTimes::estimate);
   Prune();
   Unite();
+  clock.Lap(&SparseStageTimes::prune);
   Attend();
+  clock.Lap(&SparseStageTimes::attend);
   if (policy_.tail == TailType::kBlockMean) AddTail();
+  clock.Lap(&SparseStageTimes::tail);
   WriteOutput();
   return Stats();
 }
