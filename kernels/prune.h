@@ -21,9 +21,7 @@ struct PruneParams {
   // Exact logits of the open block's tokens, which are kept aside: they count to the mass.
   const float* open_logits = nullptr;  // [num_open]
   int num_open = 0;
-  // Out, [16 * num_blocks]: exp(logit - max) of candidates, 0 for the other tokens of their blocks.
-  // Blocks without a candidate are not written.
-  float* weights = nullptr;
+  float* weights = nullptr;   // [16 * num_blocks] out: exp(logit - max) of candidates, 0 elsewhere
   TokenMask* kept = nullptr;  // [num_blocks] out: subset of the candidates
 };
 

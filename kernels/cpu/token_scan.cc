@@ -130,12 +130,21 @@ double ExpWeightsTarget(const float* logits, const TokenMask* masks, int64_t num
   const DF d;
   const VF reference = hn::Set(d, max);
   DoubleSum sum;
-  ForEachVector(masks, num_blocks, [&](int64_t at, MI lanes) HWY_ATTR {
-    const VF weight = hn::Exp(d, hn::Sub(LoadFinite(logits + at), reference));
-    const VF counted = hn::IfThenElseZero(hn::RebindMask(d, lanes), weight);
-    hn::StoreU(counted, d, weights + at);
-    sum.Add(counted);
-  });
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    float* out = weights + block * kBlockTokens;
+    if (masks[block] == 0) {
+      std::fill_n(out, kBlockTokens, 0.0f);
+      continue;
+    }
+    for (int lane = 0; lane < kBlockTokens; lane += kLanes) {
+      const VF logit = LoadFinite(logits + block * kBlockTokens + lane);
+      const VF weight = hn::Exp(d, hn::Sub(logit, reference));
+      const MI lanes = LanesOf(uint32_t{masks[block]} >> lane);
+      const VF counted = hn::IfThenElseZero(hn::RebindMask(d, lanes), weight);
+      hn::StoreU(counted, d, out + lane);
+      sum.Add(counted);
+    }
+  }
   return sum.Total();
 }
 

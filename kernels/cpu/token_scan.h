@@ -14,8 +14,8 @@ namespace gloam::cpu {
 // numbers. -FLT_MAX where no token counts.
 float MaxOf(const float* values, const TokenMask* masks, int64_t num_blocks);
 
-// weights = exp(logit - max), 0 for the other tokens of the same blocks; blocks without a token are
-// not written. Returns their sum. Logits as for MaxOf, max >= all of them.
+// weights = exp(logit - max), 0 for tokens that do not count. Returns their sum. Logits as for
+// MaxOf, max >= all of them.
 double ExpWeights(const float* logits, const TokenMask* masks, int64_t num_blocks, float max,
                   float* weights);
 
