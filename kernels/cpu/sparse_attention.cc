@@ -53,6 +53,7 @@ struct TaskMemory {
   TokenMask* open_masks = nullptr;   // [heads]
   float* open_logits = nullptr;      // [heads][16]
   float* masses = nullptr;           // [heads][blocks]
+  int32_t* tokens = nullptr;         // [tokens + 16] to attend to
   char* gathered = nullptr;          // [blocks of a partition][K|V][16][head_dim]
   uint32_t* row_masks = nullptr;     // [heads][groups of a partition]
   float* gathered_logits = nullptr;  // [heads][tokens of a partition]
@@ -79,6 +80,7 @@ struct TaskMemory {
     open_masks = carver.Take<TokenMask>(heads);
     open_logits = carver.Take<float>(heads * kBlockTokens);
     masses = carver.Take<float>(heads * shape.num_blocks);
+    tokens = carver.Take<int32_t>(shape.num_tokens() + kBlockTokens);
     gathered = carver.Take<char>(2 * kPartitionTokens * dim * shape.element_bytes);
     row_masks = carver.Take<uint32_t>(heads * kPartitionGroups);
     gathered_logits = carver.Take<float>(heads * kPartitionTokens);
@@ -122,15 +124,18 @@ class HeadTask {
   void Prune();
   void Unite();
   void Attend();
-  // Copies `count` tokens of the list to memory_.gathered and attends to them.
+  // Attends to the first `count` tokens of memory_.gathered.
   void AttendGathered(int count);
   void AddTail();
   void WriteOutput();
   SparseHeadStats Stats();
   float TrueMass();
 
-  // Appends a token of the context, at `slot` of the partition being gathered.
+  // Copies a token's key and value to `slot` of the partition being gathered.
   void Gather(int64_t token, int slot);
+  // Notes which heads see the token at `slot`, and its estimated logits.
+  void GatherMasks(int64_t token, int slot);
+  void Prefetch(int64_t token) const;
   int64_t BlockId(int64_t block) const { return keys_.block_table[block]; }
   const char* KeyRow(int64_t token) const {
     return static_cast<const char*>(params_.kv.data) +
@@ -139,6 +144,8 @@ class HeadTask {
   }
   TokenMask* MasksOf(TokenMask* masks, int head) const { return masks + head * num_blocks_; }
   float* RowOf(float* rows, int head) const { return rows + head * num_blocks_ * kBlockTokens; }
+  // Whether the heads of the group may attend to different tokens.
+  bool UsesRowMasks() const { return !policy_.pruner.share_group && num_heads_ > 1; }
   bool NeedsEstimate() const {
     return policy_.pruner.type != PrunerType::kNone || policy_.tail != TailType::kNone ||
            policy_.use_estimated_weights_in_attn;
@@ -251,18 +258,18 @@ void HeadTask::SetCandidates() {
 void HeadTask::SetAlwaysKept() {
   const int64_t num_sinks = policy_.sink_tokens;
   const int64_t first_recent = context_len_ - policy_.recent_tokens;
+  std::fill_n(memory_.always_kept, num_blocks_, kNoTokens);
+  for (int64_t block = 0; block < num_blocks_ && block * kBlockTokens < num_sinks; ++block) {
+    const int64_t count = std::min<int64_t>(num_sinks - block * kBlockTokens, kBlockTokens);
+    memory_.always_kept[block] |= kAllTokens >> (kBlockTokens - count);
+  }
+  for (int64_t block = num_blocks_ - 1; block >= 0 && (block + 1) * kBlockTokens > first_recent;
+       --block) {
+    const int64_t skipped = std::max<int64_t>(0, first_recent - block * kBlockTokens);
+    memory_.always_kept[block] |= static_cast<TokenMask>(kAllTokens << skipped);
+  }
   for (int64_t block = 0; block < num_blocks_; ++block) {
-    const int64_t first = block * kBlockTokens;
-    TokenMask kept = kNoTokens;
-    if (first < num_sinks) {
-      const int64_t count = std::min<int64_t>(num_sinks - first, kBlockTokens);
-      kept |= kAllTokens >> (kBlockTokens - count);
-    }
-    if (first + kBlockTokens > first_recent) {
-      const int64_t skipped = std::max<int64_t>(0, first_recent - first);
-      kept |= static_cast<TokenMask>(kAllTokens << skipped);
-    }
-    memory_.always_kept[block] = kept & memory_.masks[block];
+    memory_.always_kept[block] &= memory_.masks[block];
   }
 }
 
@@ -340,6 +347,15 @@ void HeadTask::Unite() {
   }
 }
 
+void HeadTask::Prefetch(int64_t token) const {
+  const char* keys = KeyRow(token);
+  const char* values = keys + params_.kv.layout.num_kv_heads * run_bytes_;
+  for (int64_t at = 0; at < row_bytes_; at += 64) {
+    __builtin_prefetch(keys + at);
+    __builtin_prefetch(values + at);
+  }
+}
+
 void HeadTask::Gather(int64_t token, int slot) {
   const int64_t block = slot / kBlockTokens;
   const int64_t offset = slot % kBlockTokens * row_bytes_;
@@ -347,6 +363,9 @@ void HeadTask::Gather(int64_t token, int slot) {
   const char* from = KeyRow(token);
   std::memcpy(keys, from, row_bytes_);
   std::memcpy(keys + run_bytes_, from + params_.kv.layout.num_kv_heads * run_bytes_, row_bytes_);
+}
+
+void HeadTask::GatherMasks(int64_t token, int slot) {
   const int64_t judged = token / kBlockTokens;
   for (int head = 0; head < num_heads_; ++head) {
     const bool open = judged == num_blocks_;
@@ -363,23 +382,33 @@ void HeadTask::Gather(int64_t token, int slot) {
 }
 
 void HeadTask::Attend() {
-  ClearPartial(memory_.total, num_heads_, head_dim_);
-  int count = 0;
-  const auto add = [&](int64_t token) {
-    if (count == 0) std::fill_n(memory_.row_masks, num_heads_ * kPartitionGroups, 0u);
-    Gather(token, count);
-    if (++count == kPartitionTokens) {
-      AttendGathered(count);
-      count = 0;
-    }
-  };
+  // The list of tokens, ascending.
+  int64_t num_tokens = 0;
   for (int64_t block = 0; block < num_blocks_; ++block) {
     for (uint32_t left = memory_.loaded[block]; left != 0; left &= left - 1) {
-      add(block * kBlockTokens + std::countr_zero(left));
+      memory_.tokens[num_tokens++] =
+          static_cast<int32_t>(block * kBlockTokens + std::countr_zero(left));
     }
   }
-  for (int64_t token = num_blocks_ * kBlockTokens; token < context_len_; ++token) add(token);
-  if (count > 0) AttendGathered(count);
+  for (int64_t token = num_blocks_ * kBlockTokens; token < context_len_; ++token) {
+    memory_.tokens[num_tokens++] = static_cast<int32_t>(token);
+  }
+
+  constexpr int64_t kAhead = 8;
+  for (int64_t i = 0; i < std::min(kAhead, num_tokens); ++i) Prefetch(memory_.tokens[i]);
+  ClearPartial(memory_.total, num_heads_, head_dim_);
+  for (int64_t first = 0; first < num_tokens; first += kPartitionTokens) {
+    const auto count = static_cast<int>(std::min<int64_t>(kPartitionTokens, num_tokens - first));
+    const bool masks = UsesRowMasks() || policy_.use_estimated_weights_in_attn;
+    if (masks) std::fill_n(memory_.row_masks, num_heads_ * kPartitionGroups, 0u);
+    for (int slot = 0; slot < count; ++slot) {
+      const int64_t ahead = first + slot + kAhead;
+      if (ahead < num_tokens) Prefetch(memory_.tokens[ahead]);
+      Gather(memory_.tokens[first + slot], slot);
+      if (masks) GatherMasks(memory_.tokens[first + slot], slot);
+    }
+    AttendGathered(count);
+  }
 }
 
 void HeadTask::AttendGathered(int count) {
@@ -393,7 +422,7 @@ void HeadTask::AttendGathered(int count) {
   tile.heads_per_kv = num_heads_;
   tile.first_position = count - 1;
   tile.window = std::numeric_limits<int32_t>::max();
-  if (!policy_.pruner.share_group && num_heads_ > 1) {
+  if (UsesRowMasks()) {
     tile.row_masks = memory_.row_masks;
     tile.row_mask_stride = kPartitionGroups;
   }

@@ -40,8 +40,8 @@ inline VF LoadMeans(const T* from) {
   return hn::PromoteTo(DF(), hn::LoadU(d, from));
 }
 
-// acc[head][c] += sum over blocks, ascending, of masses[head][block] * mean[block][c], for kHeads
-// heads and kNumVectors vectors of channels.
+// acc[head][c] += sum over the blocks of the list, ascending, of masses[head][block] *
+// mean[block][c], for kHeads heads and kNumVectors vectors of channels.
 template <typename T, int kHeads, int kNumVectors>
 void AddMeansTile(const TailParams& params, int head, int channel, float* acc) {
   const DF d;
@@ -54,7 +54,8 @@ void AddMeansTile(const TailParams& params, int head, int channel, float* acc) {
       sums[h][v] = hn::LoadU(d, acc + (head + h) * params.head_dim + channel + v * kLanes);
     }
   }
-  for (int64_t block = 0; block < num_blocks; ++block) {
+  for (int64_t i = 0; i < params.num_listed; ++i) {
+    const int64_t block = params.listed[i];
     const auto* means =
         reinterpret_cast<const T*>(params.keys.sidecars.At(
             SidecarKind::kMeanValues, params.keys.block_table[block], params.keys.kv_head)) +
