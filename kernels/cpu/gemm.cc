@@ -34,44 +34,30 @@ void CheckShapes(const GemmParams& params) {
   }
 }
 
-// Activations as int8 and, where asked for, what that rounding left out as int8 again: together
-// 16 bits.
-struct QuantizedActivations {
-  QuantizedRows rows, residual;
-};
-
-QuantizedActivations QuantizeActivations(const TensorView& x, bool with_residual, ThreadPool& pool,
-                                         Scratch& scratch) {
+// The activations as int8; with `precise` each row is followed by what that rounding left out, as
+// int8 again: together 16 bits.
+QuantizedRows QuantizeActivations(const TensorView& x, bool precise, ThreadPool& pool,
+                                  Scratch& scratch) {
   const int64_t num_rows = x.shape[0];
   const int64_t cols = x.shape[1];
-  const int64_t num_blocks = cols / kRunElements;
-  const int64_t num_parts = with_residual ? 2 : 1;
-  const int64_t part_blocks = num_rows * num_blocks;
-  const int64_t num_floats = with_residual ? num_rows * cols : 0;
-  auto* blocks = static_cast<ActivationBlock*>(
-      scratch.Get(num_parts * (part_blocks * sizeof(ActivationBlock) + num_rows * cols) +
-                  num_floats * sizeof(float)));
-  auto* residuals = reinterpret_cast<float*>(blocks + num_parts * part_blocks);
-  auto* quants = reinterpret_cast<int8_t*>(residuals + num_floats);
+  const int64_t rows_per_row = precise ? 2 : 1;
+  QuantizedRows out;
+  out.num_runs = cols / kRunElements;
+  out.group_rows =
+      num_rows * rows_per_row <= kFewRows ? static_cast<int>(num_rows * rows_per_row) : kRowGroup;
+  const int64_t num_groups = CeilDiv(num_rows * rows_per_row, out.group_rows);
+  out.data = static_cast<std::byte*>(
+      scratch.Get(num_groups * out.group_rows * out.num_runs * QuantizedRows::kBytesPerRun));
   const auto* in = x.Data<const float>();
   // A piece of 16K elements takes about 2 us: less is not worth a second thread.
   const int64_t rows_per_piece = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols));
   pool.ParallelFor(CeilDiv(num_rows, rows_per_piece), [&](int64_t piece, int) {
     const int64_t end = std::min(num_rows, (piece + 1) * rows_per_piece);
     for (int64_t row = piece * rows_per_piece; row < end; ++row) {
-      const float* from = in + row * x.strides[0];
-      int8_t* row_quants = quants + row * cols;
-      ActivationBlock* row_blocks = blocks + row * num_blocks;
-      QuantizeRow(from, cols, row_quants, row_blocks);
-      if (!with_residual) continue;
-      float* residual = residuals + row * cols;
-      for (int64_t i = 0; i < cols; ++i) {
-        residual[i] = from[i] - row_blocks[i / kRunElements].scale * row_quants[i];
-      }
-      QuantizeRow(residual, cols, row_quants + num_rows * cols, row_blocks + part_blocks);
+      QuantizeRow(in + row * x.strides[0], precise, out, row * rows_per_row);
     }
   });
-  return {{quants, blocks, cols}, {quants + num_rows * cols, blocks + part_blocks, cols}};
+  return out;
 }
 
 }  // namespace
@@ -92,8 +78,9 @@ void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool
     quantize = quantize || int8[i];
     first_panel[i + 1] = first_panel[i] + weight.num_panels();
   }
-  const QuantizedActivations quantized =
-      quantize ? QuantizeActivations(x, params.precise, pool, scratch) : QuantizedActivations{};
+  const QuantizedRows quantized =
+      quantize ? QuantizeActivations(x, params.precise, pool, scratch) : QuantizedRows{};
+  const int rows_per_row = params.precise ? 2 : 1;
 
   const auto multiply = [&](int64_t panel, int64_t row, int rows) {
     int i = 0;
@@ -109,12 +96,9 @@ void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool
     out.bias = output.bias == nullptr ? nullptr : output.bias + col;
     out.accumulate = output.accumulate;
     if (int8[i]) {
-      MultiplyPanelInt8(weight, panel, quantized.rows.Skip(row), rows, out);
-      if (params.precise) {
-        out.bias = nullptr;
-        out.accumulate = true;
-        MultiplyPanelInt8(weight, panel, quantized.residual.Skip(row), rows, out);
-      }
+      out.precise = params.precise;
+      MultiplyPanelInt8(weight, panel, quantized.Skip(row * rows_per_row), rows * rows_per_row,
+                        out);
     } else {
       MultiplyPanelF32(weight, panel, x.Data<const float>() + row * x.strides[0], x.strides[0],
                        rows, out);
@@ -124,9 +108,8 @@ void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool
   // Pieces are neighbouring panels times a block of rows. Row blocks are the outer order, so that
   // their activations stay in the L2 cache while the panels pass.
   const int64_t num_panels = first_panel[params.num_outputs];
-  constexpr int64_t kRowGrain = 8;  // a multiple of the kernels' tiles
-  const int64_t rows_per_block =
-      CeilDiv(CeilDiv(num_rows, CeilDiv(num_rows, kMaxRowsPerCall)), kRowGrain) * kRowGrain;
+  const int64_t num_full_blocks = CeilDiv(num_rows, kMaxRowsPerCall / rows_per_row);
+  const int64_t rows_per_block = CeilDiv(CeilDiv(num_rows, num_full_blocks), kRowGroup) * kRowGroup;
   const int64_t num_row_blocks = CeilDiv(num_rows, rows_per_block);
   const int64_t wanted_pieces = CeilDiv(kPiecesPerThread * pool.num_threads(), num_row_blocks);
   const int64_t panels_per_piece = CeilDiv(num_panels, wanted_pieces);

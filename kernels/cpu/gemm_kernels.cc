@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "base/check.h"
 #include "hwy/cache_control.h"
@@ -83,73 +84,104 @@ VF LoadBytes(const std::byte* p) {
   return hn::ConvertTo(df, hn::PromoteTo(di, hn::LoadU(d8, reinterpret_cast<const Byte*>(p))));
 }
 
+// A quantised type as template arguments; QuantTraits says what they mean.
+template <int kBits_, int kLogOffset_, bool kHasMin_, bool kIsKQuant_, int kGroups_>
+struct Format {
+  static constexpr int kBits = kBits_;
+  static constexpr int kLogOffset = kLogOffset_;  // of types without a min
+  static constexpr bool kHasMin = kHasMin_;
+  static constexpr bool kIsKQuant = kIsKQuant_;
+  static constexpr int kGroups = kGroups_;  // scales per run
+  static constexpr int kRunBytes = kBits * kPanelRows * 4;
+  static constexpr int kNumMins = kHasMin ? 1 : 0;
+  static constexpr int kBlockScaleBytes = (1 + kNumMins) * 2 * kPanelRows;
+  static constexpr int kSubScaleBytes = (kGroups + kNumMins) * kPanelRows;  // of a run
+};
+
+// Calls call.Run<Format>() with the format of a quantised type.
+template <typename Call>
+void WithFormat(WeightType type, const Call& call) {
+  switch (type) {
+    case WeightType::kQ4_0:
+      return call.template Run<Format<4, 3, false, false, 1>>();
+    case WeightType::kQ4_1:
+      return call.template Run<Format<4, 0, true, false, 1>>();
+    case WeightType::kQ5_0:
+      return call.template Run<Format<5, 4, false, false, 1>>();
+    case WeightType::kQ5_1:
+      return call.template Run<Format<5, 0, true, false, 1>>();
+    case WeightType::kQ8_0:
+      return call.template Run<Format<8, 7, false, false, 1>>();
+    case WeightType::kQ4_K:
+      return call.template Run<Format<4, 0, true, true, 1>>();
+    case WeightType::kQ5_K:
+      return call.template Run<Format<5, 0, true, true, 1>>();
+    case WeightType::kQ6_K:
+      return call.template Run<Format<6, 5, false, true, 2>>();
+    default:
+      GLOAM_CHECK(!IsQuantized(type));  // the list above is that of IsQuantized
+  }
+}
+
+// The quads of a packed run, kLanes rows of the panel from `lane` on.
 template <int kBits>
-void UnpackRun(const std::byte* packed, uint8_t* out) {
-  const auto* in = reinterpret_cast<const uint32_t*>(packed);
-  auto* quads = reinterpret_cast<uint32_t*>(out);
+HWY_INLINE void UnpackQuads(const std::byte* packed, int lane, VU quad[kQuadsPerRun]) {
+  const uint32_t* in = reinterpret_cast<const uint32_t*>(packed) + lane;
+  if constexpr (kBits == 8) {
+    GLOAM_UNROLL
+    for (int j = 0; j < kQuadsPerRun; ++j) quad[j] = hn::Load(du, in + j * kPanelRows);
+    return;
+  }
   const VU low_nibbles = hn::Set(du, 0x0f0f0f0f);
-  for (int lane = 0; lane < kPanelRows; lane += kLanes) {
-    VU quad[kQuadsPerRun];
+  GLOAM_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const VU word = hn::Load(du, in + j * kPanelRows);
+    quad[j] = hn::And(word, low_nibbles);
+    quad[j + 4] = hn::And(hn::ShiftRight<4>(word), low_nibbles);
+  }
+  if constexpr (kBits == 5) {
+    VU high = hn::Load(du, in + 4 * kPanelRows);
     GLOAM_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const VU word = hn::Load(du, in + j * kPanelRows + lane);
-      quad[j] = hn::And(word, low_nibbles);
-      quad[j + 4] = hn::And(hn::ShiftRight<4>(word), low_nibbles);
+    for (int j = 0; j < kQuadsPerRun; ++j, high = hn::ShiftRight<1>(high)) {
+      const VU bit = hn::And(high, hn::Set(du, 0x01010101));
+      quad[j] = hn::Or(quad[j], hn::ShiftLeft<4>(bit));
     }
-    if constexpr (kBits == 5) {
-      VU high = hn::Load(du, in + 4 * kPanelRows + lane);
+  }
+  if constexpr (kBits == 6) {
+    GLOAM_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      VU high = hn::Load(du, in + (4 + c) * kPanelRows);
       GLOAM_UNROLL
-      for (int j = 0; j < kQuadsPerRun; ++j, high = hn::ShiftRight<1>(high)) {
-        const VU bit = hn::And(high, hn::Set(du, 0x01010101));
-        quad[j] = hn::Or(quad[j], hn::ShiftLeft<4>(bit));
+      for (int i = 0; i < 4; ++i, high = hn::ShiftRight<2>(high)) {
+        const VU pair = hn::And(high, hn::Set(du, 0x03030303));
+        quad[4 * c + i] = hn::Or(quad[4 * c + i], hn::ShiftLeft<4>(pair));
       }
     }
-    if constexpr (kBits == 6) {
-      GLOAM_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        VU high = hn::Load(du, in + (4 + c) * kPanelRows + lane);
-        GLOAM_UNROLL
-        for (int i = 0; i < 4; ++i, high = hn::ShiftRight<2>(high)) {
-          const VU pair = hn::And(high, hn::Set(du, 0x03030303));
-          quad[4 * c + i] = hn::Or(quad[4 * c + i], hn::ShiftLeft<4>(pair));
-        }
-      }
-    }
-    GLOAM_UNROLL
-    for (int j = 0; j < kQuadsPerRun; ++j) hn::Store(quad[j], du, quads + j * kPanelRows + lane);
   }
 }
 
-template <int kBits>
-void UnpackRuns(const std::byte* packed, int num_runs, uint8_t* out) {
-  for (int run = 0; run < num_runs; ++run) {
-    UnpackRun<kBits>(packed + run * kBits * kPanelRows * 4, out + run * kRunQuantBytes);
-  }
-}
-
-// Scales and mins of a chunk, as fp32; the products with sub-scales are exact.
-void ExpandScales(const QuantTraits& traits, const std::byte* in, QuantChunk& chunk) {
-  const int min_bytes = traits.has_min ? 2 * kPanelRows : 0;
-  for (int lane = 0; lane < kPanelRows; lane += kLanes) {
-    if (!traits.is_k_quant) {
-      const std::byte* p = in + 2 * lane;
-      for (int run = 0; run < chunk.num_runs; ++run, p += 2 * kPanelRows + min_bytes) {
-        hn::Store(LoadF16(p), df, chunk.scales[run][0] + lane);
-        if (traits.has_min) hn::Store(LoadF16(p + 2 * kPanelRows), df, chunk.mins[run] + lane);
-      }
-      continue;
+// Scales of a run, one or two per row of the panel, and its mins; the products with sub-scales are
+// exact. `scales` are the panel's.
+template <typename F>
+HWY_INLINE void LoadScales(const std::byte* scales, int64_t run, int lane, VF scale[F::kGroups],
+                           VF& min) {
+  if constexpr (!F::kIsKQuant) {
+    const std::byte* p = scales + run * F::kBlockScaleBytes + 2 * lane;
+    scale[0] = LoadF16(p);
+    if constexpr (F::kHasMin) min = LoadF16(p + 2 * kPanelRows);
+  } else {
+    constexpr int kBlockBytes = F::kBlockScaleBytes + kRunsPerSuperBlock * F::kSubScaleBytes;
+    const std::byte* block = scales + run / kRunsPerSuperBlock * kBlockBytes;
+    const std::byte* sub =
+        block + F::kBlockScaleBytes + run % kRunsPerSuperBlock * F::kSubScaleBytes + lane;
+    const VF block_scale = LoadF16(block + 2 * lane);
+    GLOAM_UNROLL
+    for (int i = 0; i < F::kGroups; ++i) {
+      scale[i] = hn::Mul(block_scale, LoadBytes<int8_t>(sub + i * kPanelRows));
     }
-    const VF scale = LoadF16(in + 2 * lane);
-    const VF min = hn::Neg(traits.has_min ? LoadF16(in + 2 * (kPanelRows + lane)) : hn::Zero(df));
-    const std::byte* p = in + 2 * kPanelRows + min_bytes + lane;
-    for (int run = 0; run < chunk.num_runs; ++run) {
-      for (int i = 0; i < traits.scales_per_run; ++i, p += kPanelRows) {
-        hn::Store(hn::Mul(scale, LoadBytes<int8_t>(p)), df, chunk.scales[run][i] + lane);
-      }
-      if (traits.has_min) {
-        hn::Store(hn::Mul(min, LoadBytes<uint8_t>(p)), df, chunk.mins[run] + lane);
-        p += kPanelRows;
-      }
+    if constexpr (F::kHasMin) {
+      const VF block_min = hn::Neg(LoadF16(block + 2 * (kPanelRows + lane)));
+      min = hn::Mul(block_min, LoadBytes<uint8_t>(sub + F::kGroups * kPanelRows));
     }
   }
 }
@@ -162,55 +194,65 @@ void Prefetch(const std::byte* data, int64_t bytes) {
 }
 
 // Unpacks the chunk that begins at run `first_run` of a panel.
-void LoadChunk(const PackedWeight& weight, const QuantTraits& traits, int64_t panel,
-               int64_t first_run, QuantChunk& chunk) {
-  const PanelLayout& layout = weight.layout();
+template <typename F>
+void LoadChunk(const PackedWeight& weight, int64_t panel, int64_t first_run, QuantChunk& chunk) {
   const std::byte* data = weight.Panel(panel);
-  const std::byte* quants = data + first_run * layout.run_quant_bytes;
+  const std::byte* quants = data + first_run * F::kRunBytes;
+  const std::byte* scales = data + weight.layout().scale_offset;
   chunk.num_runs = static_cast<int>(std::min<int64_t>(kChunkRuns, weight.num_runs() - first_run));
-  chunk.quants = chunk.storage;
-  switch (traits.bits) {
-    case 4:
-      UnpackRuns<4>(quants, chunk.num_runs, chunk.storage);
-      break;
-    case 5:
-      UnpackRuns<5>(quants, chunk.num_runs, chunk.storage);
-      break;
-    case 6:
-      UnpackRuns<6>(quants, chunk.num_runs, chunk.storage);
-      break;
-    default:
-      chunk.quants = reinterpret_cast<const uint8_t*>(quants);
-      break;
+  chunk.quants = F::kBits == 8 ? reinterpret_cast<const uint8_t*>(quants) : chunk.storage;
+  Prefetch(quants, kChunkRuns * F::kRunBytes);
+  for (int run = 0; run < chunk.num_runs; ++run) {
+    for (int lane = 0; lane < kPanelRows; lane += kLanes) {
+      if constexpr (F::kBits != 8) {
+        VU quad[kQuadsPerRun];
+        UnpackQuads<F::kBits>(quants + run * F::kRunBytes, lane, quad);
+        auto* out = reinterpret_cast<uint32_t*>(chunk.storage + run * kRunQuantBytes) + lane;
+        GLOAM_UNROLL
+        for (int j = 0; j < kQuadsPerRun; ++j) hn::Store(quad[j], du, out + j * kPanelRows);
+      }
+      VF scale[F::kGroups];
+      VF min = hn::Zero(df);
+      LoadScales<F>(scales, first_run + run, lane, scale, min);
+      GLOAM_UNROLL
+      for (int i = 0; i < F::kGroups; ++i) hn::Store(scale[i], df, chunk.scales[run][i] + lane);
+      if constexpr (F::kHasMin) hn::Store(min, df, chunk.mins[run] + lane);
+    }
   }
-  const int64_t scale_block = traits.is_k_quant ? first_run / kRunsPerSuperBlock : first_run;
-  const std::byte* scales = data + layout.scale_offset + scale_block * layout.scale_bytes;
-  Prefetch(quants, kChunkRuns * layout.run_quant_bytes);
-  Prefetch(scales, layout.scale_bytes * (traits.is_k_quant ? 1 : kChunkRuns));
-  ExpandScales(traits, scales, chunk);
 }
 
-// A chunk of a panel as fp32: out is [columns of the chunk][16].
-void DequantizeChunk(const QuantTraits& traits, const QuantChunk& chunk, float* out) {
-  for (int lane = 0; lane < kPanelRows; lane += kLanes) {
-    for (int run = 0; run < chunk.num_runs; ++run) {
-      const VF min = traits.has_min ? hn::Load(df, chunk.mins[run] + lane) : hn::Zero(df);
-      for (int j = 0; j < kQuadsPerRun; ++j) {
-        const int group = j * traits.scales_per_run / kQuadsPerRun;
-        const VF scale = hn::Load(df, chunk.scales[run][group] + lane);
-        VU quad = hn::Load(du, reinterpret_cast<const uint32_t*>(chunk.quants) +
-                                   (run * kQuadsPerRun + j) * kPanelRows + lane);
-        for (int i = 0; i < 4; ++i, quad = hn::ShiftRight<8>(quad)) {
-          const VI quant = hn::BitCast(di, hn::And(quad, hn::Set(du, 0xff)));
-          const VF value = hn::ConvertTo(df, hn::Sub(quant, hn::Set(di, traits.offset)));
-          // The product is exact, so that this equals DequantizeRow with or without FMA.
-          hn::Store(hn::MulAdd(scale, value, min), df,
-                    out + (run * kRunElements + 4 * j + i) * kPanelRows + lane);
+// Part of a panel as fp32: out is [columns of the chunk][16].
+struct DequantizeChunk {
+  const PackedWeight& weight;
+  int64_t panel;
+  int64_t first_run;
+  float* out;
+
+  template <typename F>
+  void Run() const {
+    QuantChunk chunk;
+    LoadChunk<F>(weight, panel, first_run, chunk);
+    constexpr int kOffset = F::kHasMin ? 0 : 1 << F::kLogOffset;
+    for (int lane = 0; lane < kPanelRows; lane += kLanes) {
+      for (int run = 0; run < chunk.num_runs; ++run) {
+        const VF min = F::kHasMin ? hn::Load(df, chunk.mins[run] + lane) : hn::Zero(df);
+        for (int j = 0; j < kQuadsPerRun; ++j) {
+          const int group = j * F::kGroups / kQuadsPerRun;
+          const VF scale = hn::Load(df, chunk.scales[run][group] + lane);
+          VU quad = hn::Load(du, reinterpret_cast<const uint32_t*>(chunk.quants) +
+                                     (run * kQuadsPerRun + j) * kPanelRows + lane);
+          for (int i = 0; i < 4; ++i, quad = hn::ShiftRight<8>(quad)) {
+            const VI quant = hn::BitCast(di, hn::And(quad, hn::Set(du, 0xff)));
+            const VF value = hn::ConvertTo(df, hn::Sub(quant, hn::Set(di, kOffset)));
+            // The product is exact, so that this equals DequantizeRow with or without FMA.
+            hn::Store(hn::MulAdd(scale, value, min), df,
+                      out + (run * kRunElements + 4 * j + i) * kPanelRows + lane);
+          }
         }
       }
     }
   }
-}
+};
 
 // Columns [col, col + num_cols) of a panel of any type as fp32: out is [num_cols][16].
 void LoadChunkF32(const PackedWeight& weight, int64_t panel, int64_t col, int num_cols,
@@ -234,12 +276,8 @@ void LoadChunkF32(const PackedWeight& weight, int64_t panel, int64_t col, int nu
       }
       return;
     }
-    default: {
-      const QuantTraits& traits = QuantTraitsOf(weight.type());
-      QuantChunk chunk;
-      LoadChunk(weight, traits, panel, col / kRunElements, chunk);
-      DequantizeChunk(traits, chunk, out);
-    }
+    default:
+      WithFormat(weight.type(), DequantizeChunk{weight, panel, col / kRunElements, out});
   }
 }
 
@@ -330,69 +368,125 @@ bool UseVnni() {
 
 // ---- Tiles -----------------------------------------------------------------------------------
 
-// kRows rows of activations times a strip of a panel, over one chunk of columns.
-template <typename DotT, bool kHasMin, int kGroups>
-struct Int8Tile {
+// A run of a group of kGroupRows quantised rows, from one of its rows on.
+template <int kGroupRows>
+struct ActivationRun {
+  static constexpr int64_t kBytes = kGroupRows * QuantizedRows::kBytesPerRun;
+  const std::byte* group;  // begin of the run
+  int row;
+
+  const int8_t* Quants(int r) const {
+    return reinterpret_cast<const int8_t*>(group) + (row + r) * kRunElements;
+  }
+  float Scale(int r) const { return Field<float>(0, r); }
+  float ScaledSum(int r) const { return Field<float>(1, r); }
+  int32_t NegatedSum(int r) const { return Field<int32_t>(2, r); }
+  int32_t NegatedHalfSum(int r) const { return Field<int32_t>(3, r); }
+
+  template <typename T>
+  T Field(int field, int r) const {
+    T value;
+    std::memcpy(&value, group + kGroupRows * (kRunElements + 4 * field) + 4 * (row + r), 4);
+    return value;
+  }
+};
+
+// sum[r] += the products of one run, for kRows rows of activations and a strip of the panel.
+// quad(j) is the run's quad j.
+template <typename DotT, typename F, int kRows, typename Run, typename QuadOf>
+HWY_INLINE void AddRun(const Run& x, const VF scale[F::kGroups], VF min, const QuadOf& quad,
+                       VF sum[kRows]) {
+  constexpr int kGroupQuads = kQuadsPerRun / F::kGroups;
+  GLOAM_UNROLL
+  for (int group = 0; group < F::kGroups; ++group) {
+    VI dot[kRows];
+    GLOAM_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (F::kHasMin) {
+        dot[r] = hn::Zero(di);
+        continue;
+      }
+      VI negated_sum = hn::Set(di, F::kGroups == 1 ? x.NegatedSum(r) : x.NegatedHalfSum(r));
+      if (group == 1) negated_sum = hn::Sub(hn::Set(di, x.NegatedSum(r)), negated_sum);
+      dot[r] = hn::ShiftLeft<F::kLogOffset>(negated_sum);
+    }
+    GLOAM_UNROLL
+    for (int j = group * kGroupQuads; j < (group + 1) * kGroupQuads; ++j) {
+      const auto w = DotT::Prepare(quad(j));
+      GLOAM_UNROLL
+      for (int r = 0; r < kRows; ++r) dot[r] = DotT::MulAdd(dot[r], w, x.Quants(r) + 4 * j);
+    }
+    GLOAM_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const VF both = hn::Mul(scale[group], hn::Set(df, x.Scale(r)));
+      sum[r] = hn::MulAdd(hn::ConvertTo(df, dot[r]), both, sum[r]);
+    }
+  }
+  if constexpr (F::kHasMin) {
+    GLOAM_UNROLL
+    for (int r = 0; r < kRows; ++r) sum[r] = hn::MulAdd(min, hn::Set(df, x.ScaledSum(r)), sum[r]);
+  }
+}
+
+// kRows rows of activations times a strip of a panel, over one unpacked chunk of columns.
+template <typename DotT, typename F>
+struct ChunkTile {
   const QuantChunk* chunk;
-  QuantizedRows x;    // first row of the call
+  QuantizedRows x;    // first row of the call, groups of kRowGroup
   int64_t first_run;  // of the chunk
-  int offset;         // of the weight's quants
   int lane;           // of the strip
   float* sums;        // [num_rows][16]
 
   template <int kRows>
   void Run(int first_row) const {
-    constexpr int kGroupQuads = kQuadsPerRun / kGroups;
-    const QuantizedRows rows = x.Skip(first_row);
-    const int64_t num_blocks = x.cols / kRunElements;
+    using XRun = ActivationRun<kRowGroup>;
+    const QuantizedRows group = x.Skip(first_row / kRowGroup * kRowGroup);
+    XRun x_run = {group.data + first_run * XRun::kBytes, first_row % kRowGroup};
+    float* row_sums = sums + first_row * kPanelRows + lane;
     VF sum[kRows];
     GLOAM_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      sum[r] = hn::Load(df, sums + (first_row + r) * kPanelRows + lane);
-    }
-    for (int run = 0; run < chunk->num_runs; ++run) {
-      const int8_t* quants = rows.quants + (first_run + run) * kRunElements;
-      const ActivationBlock* blocks = rows.blocks + first_run + run;
-      const auto* weights =
+    for (int r = 0; r < kRows; ++r) sum[r] = hn::Load(df, row_sums + r * kPanelRows);
+    for (int run = 0; run < chunk->num_runs; ++run, x_run.group += XRun::kBytes) {
+      const auto* quads =
           reinterpret_cast<const uint32_t*>(chunk->quants + run * kRunQuantBytes) + lane;
+      VF scale[F::kGroups];
       GLOAM_UNROLL
-      for (int group = 0; group < kGroups; ++group) {
-        VI dot[kRows];
-        GLOAM_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const int32_t* half_sums = blocks[r * num_blocks].half_sums;
-          const int32_t quant_sum = kGroups == 1 ? half_sums[0] + half_sums[1] : half_sums[group];
-          dot[r] = kHasMin ? hn::Zero(di) : hn::Set(di, -offset * quant_sum);
-        }
-        GLOAM_UNROLL
-        for (int j = group * kGroupQuads; j < (group + 1) * kGroupQuads; ++j) {
-          const auto w = DotT::Prepare(hn::Load(du, weights + j * kPanelRows));
-          GLOAM_UNROLL
-          for (int r = 0; r < kRows; ++r) {
-            dot[r] = DotT::MulAdd(dot[r], w, quants + r * x.cols + j * 4);
-          }
-        }
-        const VF scale = hn::Load(df, chunk->scales[run][group] + lane);
-        GLOAM_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const VF both = hn::Mul(scale, hn::Set(df, blocks[r * num_blocks].scale));
-          sum[r] = hn::MulAdd(hn::ConvertTo(df, dot[r]), both, sum[r]);
-        }
-      }
-      if constexpr (kHasMin) {
-        const VF min = hn::Load(df, chunk->mins[run] + lane);
-        GLOAM_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          sum[r] = hn::MulAdd(min, hn::Set(df, blocks[r * num_blocks].scaled_sum), sum[r]);
-        }
-      }
+      for (int i = 0; i < F::kGroups; ++i) scale[i] = hn::Load(df, chunk->scales[run][i] + lane);
+      const VF min = F::kHasMin ? hn::Load(df, chunk->mins[run] + lane) : hn::Zero(df);
+      const auto quad = [&](int j) HWY_ATTR { return hn::Load(du, quads + j * kPanelRows); };
+      AddRun<DotT, F, kRows>(x_run, scale, min, quad, sum);
     }
     GLOAM_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      hn::Store(sum[r], df, sums + (first_row + r) * kPanelRows + lane);
-    }
+    for (int r = 0; r < kRows; ++r) hn::Store(sum[r], df, row_sums + r * kPanelRows);
   }
 };
+
+// All columns of a strip of a panel for the few rows of one group, unpacking in registers.
+template <typename DotT, typename F, int kRows, int kGroupRows>
+void MultiplyFewRows(const PackedWeight& weight, int64_t panel, const QuantizedRows& x, int lane,
+                     float* sums) {
+  using XRun = ActivationRun<kGroupRows>;
+  constexpr int64_t kAhead = 4096;
+  const std::byte* packed = weight.Panel(panel);
+  const std::byte* scales = packed + weight.layout().scale_offset;
+  XRun x_run = {x.data, 0};
+  VF sum[kRows];
+  GLOAM_UNROLL
+  for (int r = 0; r < kRows; ++r) sum[r] = hn::Zero(df);
+  for (int64_t run = 0; run < weight.num_runs(); ++run, packed += F::kRunBytes) {
+    for (int i = 0; i < F::kRunBytes; i += 64) hwy::Prefetch(packed + kAhead + i);
+    VU quads[kQuadsPerRun];
+    UnpackQuads<F::kBits>(packed, lane, quads);
+    VF scale[F::kGroups];
+    VF min = hn::Zero(df);
+    LoadScales<F>(scales, run, lane, scale, min);
+    const auto quad = [&](int j) HWY_ATTR { return quads[j]; };
+    AddRun<DotT, F, kRows>(x_run, scale, min, quad, sum);
+    x_run.group += XRun::kBytes;
+  }
+  GLOAM_UNROLL
+  for (int r = 0; r < kRows; ++r) hn::Store(sum[r], df, sums + r * kPanelRows + lane);
+}
 
 struct F32Tile {
   const float* weights;  // [num_cols][16]
@@ -432,7 +526,17 @@ void RunTiles(const Tile& tile, int row, int num_rows) {
 }
 
 // sums: [num_rows][16], complete.
-void StoreSums(const float* sums, int num_rows, const PanelOutput& out) {
+void StoreSums(float* sums, int num_rows, const PanelOutput& out) {
+  if (out.precise) {
+    num_rows /= 2;
+    for (int row = 0; row < num_rows; ++row) {
+      for (int lane = 0; lane < kPanelRows; lane += kLanes) {
+        const float* both = sums + 2 * row * kPanelRows + lane;
+        hn::Store(hn::Add(hn::Load(df, both), hn::Load(df, both + kPanelRows)), df,
+                  sums + row * kPanelRows + lane);
+      }
+    }
+  }
   for (int row = 0; row < num_rows; ++row, sums += kPanelRows) {
     float* y = out.y + row * out.row_stride;
     if (out.num_cols == kPanelRows) {
@@ -452,47 +556,62 @@ void StoreSums(const float* sums, int num_rows, const PanelOutput& out) {
   }
 }
 
-template <typename DotT, bool kHasMin, int kGroups>
-void MultiplyPanel(const PackedWeight& weight, const QuantTraits& traits, int64_t panel,
-                   const QuantizedRows& x, int num_rows, const PanelOutput& out) {
-  alignas(64) float sums[kMaxRowsPerCall * kPanelRows];
-  std::memset(sums, 0, num_rows * kPanelRows * sizeof(float));
-  QuantChunk chunk;
-  for (int64_t run = 0; run < weight.num_runs(); run += kChunkRuns) {
-    LoadChunk(weight, traits, panel, run, chunk);
-    for (int lane = 0; lane < kPanelRows; lane += kLanes) {
-      const Int8Tile<DotT, kHasMin, kGroups> tile = {&chunk, x, run, traits.offset, lane, sums};
-      RunTiles<kTileRows>(tile, 0, num_rows);
+// One panel of a quantised weight; sums is [num_rows][16].
+template <bool kVnni>
+struct MultiplyPanel {
+  const PackedWeight& weight;
+  int64_t panel;
+  const QuantizedRows& x;
+  int num_rows;
+  float* sums;
+
+#if HWY_TARGET == HWY_AVX3
+  template <typename F>
+  using DotOf = std::conditional_t<kVnni, DotVnni, Dot<F::kBits == 8>>;
+#else
+  template <typename F>
+  using DotOf = Dot<F::kBits == 8>;
+#endif
+
+  template <typename F>
+  void Run() const {
+    if (x.group_rows < kRowGroup) return RunFew<F, 1>();
+    std::memset(sums, 0, num_rows * kPanelRows * sizeof(float));
+    QuantChunk chunk;
+    for (int64_t run = 0; run < weight.num_runs(); run += kChunkRuns) {
+      LoadChunk<F>(weight, panel, run, chunk);
+      for (int lane = 0; lane < kPanelRows; lane += kLanes) {
+        const ChunkTile<DotOf<F>, F> tile = {&chunk, x, run, lane, sums};
+        RunTiles<kTileRows>(tile, 0, num_rows);
+      }
     }
   }
-  StoreSums(sums, num_rows, out);
-}
 
-// DotT<8 bits?> for the weight's kind.
-template <typename Dot8, typename DotLess>
-void MultiplyAnyPanel(const PackedWeight& weight, int64_t panel, const QuantizedRows& x,
-                      int num_rows, const PanelOutput& out) {
-  const QuantTraits& traits = QuantTraitsOf(weight.type());
-  if (traits.has_min) {
-    MultiplyPanel<DotLess, true, 1>(weight, traits, panel, x, num_rows, out);
-  } else if (traits.scales_per_run == 2) {
-    MultiplyPanel<DotLess, false, 2>(weight, traits, panel, x, num_rows, out);
-  } else if (traits.bits == 8) {
-    MultiplyPanel<Dot8, false, 1>(weight, traits, panel, x, num_rows, out);
-  } else {
-    MultiplyPanel<DotLess, false, 1>(weight, traits, panel, x, num_rows, out);
+  // All rows are one group of kRows or more.
+  template <typename F, int kRows>
+  void RunFew() const {
+    if constexpr (kRows < kFewRows) {
+      if (num_rows > kRows) return RunFew<F, kRows + 1>();
+    }
+    for (int lane = 0; lane < kPanelRows; lane += kLanes) {
+      MultiplyFewRows<DotOf<F>, F, kRows, kRows>(weight, panel, x, lane, sums);
+    }
   }
-}
+};
 
 void MultiplyPanelInt8(const PackedWeight& weight, int64_t panel, const QuantizedRows& x,
                        int num_rows, const PanelOutput& out) {
+  alignas(64) float sums[kMaxRowsPerCall * kPanelRows];
 #if HWY_TARGET == HWY_AVX3
   if (UseVnni()) {
-    MultiplyAnyPanel<DotVnni, DotVnni>(weight, panel, x, num_rows, out);
-    return;
+    WithFormat(weight.type(), MultiplyPanel<true>{weight, panel, x, num_rows, sums});
+  } else {
+    WithFormat(weight.type(), MultiplyPanel<false>{weight, panel, x, num_rows, sums});
   }
+#else
+  WithFormat(weight.type(), MultiplyPanel<false>{weight, panel, x, num_rows, sums});
 #endif
-  MultiplyAnyPanel<Dot<true>, Dot<false>>(weight, panel, x, num_rows, out);
+  StoreSums(sums, num_rows, out);
 }
 
 void MultiplyPanelF32(const PackedWeight& weight, int64_t panel, const float* x, int64_t x_stride,
@@ -524,29 +643,55 @@ void UnpackRow(const PackedWeight& weight, int64_t row, float* out) {
 
 // ---- Quantisation of activations -------------------------------------------------------------
 
-void QuantizeRow(const float* x, int64_t cols, int8_t* quants, ActivationBlock* blocks) {
-  for (int64_t col = 0; col < cols; col += kRunElements, ++blocks) {
-    VF max = hn::Zero(df);
-    for (int i = 0; i < kRunElements; i += kLanes) {
-      max = hn::Max(max, hn::Abs(hn::LoadU(df, x + col + i)));
+constexpr int kRunVectors = kRunElements / kLanes;
+
+// Quantises 32 elements into row `row` of a group's run.
+HWY_INLINE void QuantizeRun(const VF x[kRunVectors], int row, int group_rows, std::byte* run,
+                            VF rounded[kRunVectors]) {
+  VF max = hn::Zero(df);
+  GLOAM_UNROLL
+  for (int i = 0; i < kRunVectors; ++i) max = hn::Max(max, hn::Abs(x[i]));
+  const float largest = hn::GetLane(hn::MaxOfLanes(df, max));
+  // Blocks so small that 127 / largest would overflow count as zero.
+  const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+  const float scale = largest / 127.0f;
+  auto* quants = reinterpret_cast<int8_t*>(run) + row * kRunElements;
+  VI half_sums[2] = {hn::Zero(di), hn::Zero(di)};
+  GLOAM_UNROLL
+  for (int i = 0; i < kRunVectors; ++i) {
+    const VI quant = hn::NearestInt(hn::Mul(x[i], hn::Set(df, inverse)));
+    VI& half_sum = half_sums[i * 2 / kRunVectors];
+    half_sum = hn::Add(half_sum, quant);
+    const hn::Rebind<int8_t, DF> d8;
+    hn::StoreU(hn::DemoteTo(d8, quant), d8, quants + i * kLanes);
+    rounded[i] = hn::Mul(hn::Set(df, scale), hn::ConvertTo(df, quant));
+  }
+  const int32_t sum = hn::GetLane(hn::SumOfLanes(di, hn::Add(half_sums[0], half_sums[1])));
+  const int32_t half_sum = hn::GetLane(hn::SumOfLanes(di, half_sums[0]));
+  const float floats[2] = {scale, scale * static_cast<float>(sum)};
+  const int32_t negated_sums[2] = {-sum, -half_sum};
+  std::byte* fields = run + group_rows * kRunElements + 4 * row;
+  for (int i = 0; i < 2; ++i) {
+    std::memcpy(fields + 4 * group_rows * i, &floats[i], 4);
+    std::memcpy(fields + 4 * group_rows * (i + 2), &negated_sums[i], 4);
+  }
+}
+
+void QuantizeRow(const float* x, bool precise, const QuantizedRows& out, int64_t row) {
+  const int in_group = static_cast<int>(row % out.group_rows);
+  std::byte* run = out.Skip(row - in_group).data;
+  for (int64_t i = 0; i < out.num_runs; ++i, x += kRunElements) {
+    VF values[kRunVectors];
+    VF rounded[kRunVectors];
+    GLOAM_UNROLL
+    for (int v = 0; v < kRunVectors; ++v) values[v] = hn::LoadU(df, x + v * kLanes);
+    QuantizeRun(values, in_group, out.group_rows, run, rounded);
+    if (precise) {
+      GLOAM_UNROLL
+      for (int v = 0; v < kRunVectors; ++v) values[v] = hn::Sub(values[v], rounded[v]);
+      QuantizeRun(values, in_group + 1, out.group_rows, run, rounded);
     }
-    const float largest = hn::GetLane(hn::MaxOfLanes(df, max));
-    // Blocks so small that 127 / largest would overflow count as zero.
-    const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
-    VI half_sums[2] = {hn::Zero(di), hn::Zero(di)};
-    for (int i = 0; i < kRunElements; i += kLanes) {
-      const VF scaled = hn::Mul(hn::LoadU(df, x + col + i), hn::Set(df, inverse));
-      const VI quant = hn::NearestInt(scaled);
-      VI& half_sum = half_sums[i / (kRunElements / 2)];
-      half_sum = hn::Add(half_sum, quant);
-      const hn::Rebind<int8_t, DF> d8;
-      hn::StoreU(hn::DemoteTo(d8, quant), d8, quants + col + i);
-    }
-    blocks->scale = largest / 127.0f;
-    blocks->half_sums[0] = hn::GetLane(hn::SumOfLanes(di, half_sums[0]));
-    blocks->half_sums[1] = hn::GetLane(hn::SumOfLanes(di, half_sums[1]));
-    blocks->scaled_sum =
-        blocks->scale * static_cast<float>(blocks->half_sums[0] + blocks->half_sums[1]);
+    run += out.group_rows * QuantizedRows::kBytesPerRun;
   }
 }
 
@@ -563,8 +708,8 @@ HWY_EXPORT(MultiplyPanelInt8);
 HWY_EXPORT(MultiplyPanelF32);
 HWY_EXPORT(UnpackRow);
 
-void QuantizeRow(const float* x, int64_t cols, int8_t* quants, ActivationBlock* blocks) {
-  HWY_DYNAMIC_DISPATCH(QuantizeRow)(x, cols, quants, blocks);
+void QuantizeRow(const float* x, bool precise, const QuantizedRows& out, int64_t row) {
+  HWY_DYNAMIC_DISPATCH(QuantizeRow)(x, precise, out, row);
 }
 
 void MultiplyPanelInt8(const PackedWeight& weight, int64_t panel, const QuantizedRows& x,

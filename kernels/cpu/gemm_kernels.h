@@ -9,43 +9,51 @@
 
 namespace gloam::cpu {
 
-// What the int8 product needs to know about 32 consecutive activations of a row.
-struct ActivationBlock {
-  float scale = 0;            // x[i] is about scale * quants[i]
-  float scaled_sum = 0;       // scale * sum of the quants
-  int32_t half_sums[2] = {};  // sums of the first and last 16 quants
-};
-
-// Rows of activations as int8.
+// Rows of activations as int8, in groups of `group_rows` rows (the last group may have fewer), so
+// that a register tile finds what it needs of a run of 32 columns at fixed distances.
+//   A run of a group, R = group_rows: int8 quants[R][32], float scale[R], float scaled_sum[R],
+//   int32 negated_sum[R], int32 negated_half_sum[R].
+//   x[i] is about scale * quants[i]; scaled_sum = scale * sum of the quants; the negated sums are
+//   those of all 32 quants and of the first 16.
 struct QuantizedRows {
-  const int8_t* quants = nullptr;           // [num_rows, cols]
-  const ActivationBlock* blocks = nullptr;  // [num_rows, cols / 32]
-  int64_t cols = 0;
+  static constexpr int kBytesPerRun = kRunElements + 16;  // and row
 
+  std::byte* data = nullptr;  // [groups][runs][group_rows * kBytesPerRun]
+  int64_t num_runs = 0;
+  int group_rows = 0;
+
+  // From a row that begins a group.
   QuantizedRows Skip(int64_t rows) const {
-    return {quants + rows * cols, blocks + rows * (cols / kRunElements), cols};
+    return {data + rows * num_runs * kBytesPerRun, num_runs, group_rows};
   }
 };
 
+// Rows in a group: as many as fit a register tile, or all where they are fewer than these.
+inline constexpr int kRowGroup = 8;
+inline constexpr int kFewRows = 4;
+
 // Where a panel's results go.
 struct PanelOutput {
-  float* y = nullptr;           // [num_rows, num_cols]
+  float* y = nullptr;           // [num_rows, num_cols]; half the rows if `precise`
   int64_t row_stride = 0;       // in elements
   int num_cols = 0;             // 16, or fewer in the last panel
   const float* bias = nullptr;  // [num_cols] or null
   bool accumulate = false;
+  bool precise = false;  // activations' rows 2i and 2i + 1 are row i and its residual
 };
 
 // Most rows of activations per call; bounds the stack that a call uses.
 inline constexpr int kMaxRowsPerCall = 128;
 
-// Quantises one row: scale = max |x| / 127 per 32 elements, rounded to nearest, in [-127, 127].
-void QuantizeRow(const float* x, int64_t cols, int8_t* quants, ActivationBlock* blocks);
+// Quantises a row into row `row` of `out`: scale = max |x| / 127 per 32 elements, rounded to
+// nearest, in [-127, 127]. With `precise`, what that leaves of x becomes row + 1 in the same way.
+void QuantizeRow(const float* x, bool precise, const QuantizedRows& out, int64_t row);
 
 // y = x W^T over a panel of a quantised weight, `num_rows` <= kMaxRowsPerCall rows of activations.
 // Per run of 32 columns, ascending: an exact int32 dot product, then in fp32
 // sum = fma(dot, weight_scale * activation_scale, sum) and, for types with a min,
-// sum = fma(weight_min, activation_scaled_sum, sum).
+// sum = fma(weight_min, activation_scaled_sum, sum). With `out.precise`, the sums of a row and of
+// its residual are added at the end.
 void MultiplyPanelInt8(const PackedWeight& weight, int64_t panel, const QuantizedRows& x,
                        int num_rows, const PanelOutput& out);
 

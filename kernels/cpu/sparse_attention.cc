@@ -441,8 +441,10 @@ void HeadTask::AddTail() {
                 .num_heads = num_heads_,
                 .head_dim = head_dim_,
                 .weights = memory_.weights,
+                .candidates = memory_.masks,
                 .kept = memory_.kept,
-                .masses = memory_.masses},
+                .masses = memory_.masses,
+                .listed = memory_.tokens},
                memory_.part);
   for (int head = 0; head < num_heads_; ++head) {
     // Without a tail the fold must not touch the head's result.

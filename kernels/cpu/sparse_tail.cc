@@ -43,7 +43,7 @@ inline VF LoadMeans(const T* from) {
 // acc[head][c] += sum over the blocks of the list, ascending, of masses[head][block] *
 // mean[block][c], for kHeads heads and kNumVectors vectors of channels.
 template <typename T, int kHeads, int kNumVectors>
-void AddMeansTile(const TailParams& params, int head, int channel, float* acc) {
+void AddMeansTile(const TailParams& params, int64_t num_listed, int head, int channel, float* acc) {
   const DF d;
   const int64_t num_blocks = params.keys.num_blocks;
   VF sums[kHeads][kNumVectors];
@@ -54,7 +54,7 @@ void AddMeansTile(const TailParams& params, int head, int channel, float* acc) {
       sums[h][v] = hn::LoadU(d, acc + (head + h) * params.head_dim + channel + v * kLanes);
     }
   }
-  for (int64_t i = 0; i < params.num_listed; ++i) {
+  for (int64_t i = 0; i < num_listed; ++i) {
     const int64_t block = params.listed[i];
     const auto* means =
         reinterpret_cast<const T*>(params.keys.sidecars.At(
@@ -80,22 +80,28 @@ void AddMeansTile(const TailParams& params, int head, int channel, float* acc) {
 }
 
 template <typename T, int kHeads>
-void AddMeansOfHeads(const TailParams& params, int head, float* acc) {
+void AddMeansOfHeads(const TailParams& params, int64_t num_listed, int head, float* acc) {
   int channel = 0;
   for (; channel + kVectors * kLanes <= params.head_dim; channel += kVectors * kLanes) {
-    AddMeansTile<T, kHeads, kVectors>(params, head, channel, acc);
+    AddMeansTile<T, kHeads, kVectors>(params, num_listed, head, channel, acc);
   }
   for (; channel < params.head_dim; channel += kLanes) {
-    AddMeansTile<T, kHeads, 1>(params, head, channel, acc);
+    AddMeansTile<T, kHeads, 1>(params, num_listed, head, channel, acc);
   }
 }
 
 template <typename T>
-void AddMeans(const TailParams& params, float* acc) {
+void AddMeans(const TailParams& params, int64_t num_listed, float* acc) {
   int head = 0;
-  for (; head + 4 <= params.num_heads; head += 4) AddMeansOfHeads<T, 4>(params, head, acc);
-  for (; head + 2 <= params.num_heads; head += 2) AddMeansOfHeads<T, 2>(params, head, acc);
-  for (; head < params.num_heads; ++head) AddMeansOfHeads<T, 1>(params, head, acc);
+  for (; head + 4 <= params.num_heads; head += 4) {
+    AddMeansOfHeads<T, 4>(params, num_listed, head, acc);
+  }
+  for (; head + 2 <= params.num_heads; head += 2) {
+    AddMeansOfHeads<T, 2>(params, num_listed, head, acc);
+  }
+  for (; head < params.num_heads; ++head) {
+    AddMeansOfHeads<T, 1>(params, num_listed, head, acc);
+  }
 }
 
 void AddTailMeansTarget(const TailParams& params, const AttentionPartial& partial) {
@@ -103,26 +109,36 @@ void AddTailMeansTarget(const TailParams& params, const AttentionPartial& partia
   const int64_t blocks_per_mean = params.tail_block / kBlockTokens;
   for (int head = 0; head < params.num_heads; ++head) {
     const float* weights = params.weights + head * num_blocks * kBlockTokens;
+    const TokenMask* candidates = params.candidates + head * num_blocks;
     const TokenMask* kept = params.kept + head * num_blocks;
     float* masses = params.masses + head * num_blocks;
     for (int64_t first = 0; first < num_blocks; first += blocks_per_mean) {
       const int64_t end = std::min(num_blocks, first + blocks_per_mean);
       float mass = 0;
       for (int64_t block = first; block < end; ++block) {
-        if (kept[block] != kAllTokens)
-          mass += LeftMass(weights + block * kBlockTokens, kept[block]);
+        if ((candidates[block] & ~kept[block]) == 0) continue;
+        mass += LeftMass(weights + block * kBlockTokens, kept[block]);
       }
       std::fill(masses + first, masses + end, mass / static_cast<float>(end - first));
       partial.sum[head] += mass;
     }
   }
+  int64_t num_listed = 0;  // blocks to which some head gives mass
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    bool has_mass = false;
+    for (int head = 0; head < params.num_heads; ++head) {
+      has_mass |= params.masses[head * num_blocks + block] > 0;
+    }
+    params.listed[num_listed] = static_cast<int32_t>(block);
+    num_listed += has_mass;
+  }
   switch (params.keys.kv.layout.dtype) {
     case DType::kBF16:
-      return AddMeans<hwy::bfloat16_t>(params, partial.acc);
+      return AddMeans<hwy::bfloat16_t>(params, num_listed, partial.acc);
     case DType::kF16:
-      return AddMeans<hwy::float16_t>(params, partial.acc);
+      return AddMeans<hwy::float16_t>(params, num_listed, partial.acc);
     default:  // kF32: SparseAttention() has checked
-      return AddMeans<float>(params, partial.acc);
+      return AddMeans<float>(params, num_listed, partial.acc);
   }
 }
 
