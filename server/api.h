@@ -11,9 +11,18 @@
 #include <variant>
 #include <vector>
 
+#include "models/attention/policy_registry.h"
 #include "nlohmann/json.hpp"
 
 namespace gloam {
+
+// How a request wants its decode attention: a policy of the server by name, with changes, or a
+// whole policy of its own. Nothing set: the server's default.
+struct SparsityRequest {
+  std::optional<std::string> policy = {};
+  PolicyOverrides overrides = {};
+  nlohmann::ordered_json body = nullptr;  // an object (models/attention/policy_json.h) or null
+};
 
 // Absent fields take the model's generation defaults, then OpenAI's.
 struct GenerationParams {
@@ -38,6 +47,8 @@ struct GenerationParams {
   std::optional<int64_t> num_logprobs;         // completions: logprobs; chat: top_logprobs or 0
   std::optional<int64_t> num_prompt_logprobs;  // prompt_logprobs
   int64_t priority = 0;
+  SparsityRequest sparsity;
+  int64_t num_decoded_prompt_tokens = 0;  // sparsity_decode_prompt_tokens
 
   // What the client called these fields, for error messages; literals.
   std::string_view max_tokens_field = "max_tokens";

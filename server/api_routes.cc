@@ -293,7 +293,20 @@ HttpResponse ApiRoutes::Detokenize(const HttpRequest& request) {
 }
 
 HttpResponse ApiRoutes::SparsityPolicies(const HttpRequest&) {
-  return JsonResponse({{"object", "list"}, {"data", json::array({{{"name", "dense"}}})}});
+  const GenerationService* service = service_.load();
+  if (service == nullptr) return ErrorResponse(Unavailable("The model is still loading"));
+  const PolicyRegistry& registry = service->policies();
+  json policies = json::array();
+  for (const NamedPolicy& policy : registry.policies()) {
+    policies.push_back(
+        {{"name", policy.name},
+         {"policy", policy.body},
+         {"is_default", policy.name == registry.default_name()},
+         {"usable", policy.usable()},
+         {"reason", policy.usable() ? json(nullptr) : json(MessageOf(policy.unusable))}});
+  }
+  return JsonResponse(
+      {{"object", "list"}, {"default", registry.default_name()}, {"data", std::move(policies)}});
 }
 
 HttpResponse ApiRoutes::OpenApi(const HttpRequest&) {

@@ -7,6 +7,7 @@
 #include <random>
 #include <utility>
 
+#include "models/attention/policy_json.h"
 #include "server/api_error.h"
 #include "server/sampling_limits.h"
 
@@ -91,6 +92,26 @@ Status CheckStream(const GenerationParams& params, const StreamOptions& stream) 
   return OkStatus();
 }
 
+Status SetDecodedPromptTokens(const GenerationParams& params, Request* request) {
+  const int64_t num_tokens = params.num_decoded_prompt_tokens;
+  const auto num_prompt_tokens = static_cast<int64_t>(request->prompt.size());
+  if (num_tokens < 0 || num_tokens >= num_prompt_tokens) {
+    return InvalidField("sparsity_decode_prompt_tokens",
+                        "sparsity_decode_prompt_tokens must be between 0 and {}, one less than the "
+                        "prompt's tokens, got {}",
+                        num_prompt_tokens - 1, num_tokens);
+  }
+  request->num_decoded_prompt_tokens = static_cast<int>(num_tokens);
+  return OkStatus();
+}
+
+// A registry's error in the request's words: "sparsity.selector.type must be ...".
+Status SparsityError(const Status& status) {
+  const std::string key = PolicyKeyOf(status);
+  if (key.empty()) return InvalidField("sparsity", "{}", MessageOf(status));
+  return InvalidField("sparsity." + key, "sparsity.{}", MessageOf(status));
+}
+
 }  // namespace
 
 GenerationService::GenerationService(GenerationServiceOptions options, Engine& engine,
@@ -102,7 +123,9 @@ GenerationService::GenerationService(GenerationServiceOptions options, Engine& e
       chat_template_(chat_template),
       defaults_(std::move(defaults)),
       max_prompt_bytes_(engine.max_model_len() * LongestTokenBytes(tokenizer) *
-                        kMaxNormalizationShrink) {}
+                        kMaxNormalizationShrink) {
+  if (options_.policies == nullptr) options_.policies = std::make_shared<const PolicyRegistry>();
+}
 
 Status GenerationService::CheckModel(const std::string& model) const {
   const auto& names = options_.served_model_names;
@@ -209,6 +232,17 @@ StatusOr<int> GenerationService::CheckRoom(const GenerationParams& params, int64
   return static_cast<int>(max_tokens);
 }
 
+StatusOr<std::shared_ptr<const SparsityPolicy>> GenerationService::FindPolicy(
+    const SparsityRequest& sparsity) const {
+  const PolicyRegistry& registry = *options_.policies;
+  auto policy =
+      sparsity.body.is_null()
+          ? registry.Find(sparsity.policy.value_or(registry.default_name()), sparsity.overrides)
+          : registry.Parse(sparsity.body);
+  if (!policy.ok()) return SparsityError(policy.status());
+  return policy;
+}
+
 StatusOr<PreparedGeneration> GenerationService::Prepare(const CompletionRequest& request) const {
   const GenerationParams& params = request.params;
   GLOAM_RETURN_IF_ERROR(CheckModel(request.model));
@@ -227,6 +261,8 @@ StatusOr<PreparedGeneration> GenerationService::Prepare(const CompletionRequest&
     return InvalidField("prompt", "a request may ask for at most {} answers, got {} prompts x {}",
                         kMaxChoices, request.prompts.size(), answers);
   }
+
+  GLOAM_ASSIGN_OR_RETURN(const auto policy, FindPolicy(params.sparsity));
 
   PreparedGeneration prepared;
   prepared.id = MakeId("cmpl");
@@ -252,6 +288,8 @@ StatusOr<PreparedGeneration> GenerationService::Prepare(const CompletionRequest&
     GLOAM_ASSIGN_OR_RETURN(const int max_tokens,
                            CheckRoom(params, static_cast<int64_t>(engine_request.prompt.size()),
                                      field, kDefaultCompletionTokens));
+    GLOAM_RETURN_IF_ERROR(SetDecodedPromptTokens(params, &engine_request));
+    engine_request.sparsity = policy;
     engine_request.id =
         request.prompts.size() == 1 ? prepared.id : fmt::format("{}-{}", prepared.id, i);
     engine_request.sampling = sampling;
@@ -283,6 +321,7 @@ StatusOr<PreparedGeneration> GenerationService::Prepare(
                         "continue_final_message needs add_generation_prompt: false");
   }
   GLOAM_RETURN_IF_ERROR(CheckTemplateKwargs(request.chat_template_kwargs));
+  GLOAM_ASSIGN_OR_RETURN(auto policy, FindPolicy(params.sparsity));
 
   RenderOptions render;
   render.add_generation_prompt = request.add_generation_prompt;
@@ -300,6 +339,8 @@ StatusOr<PreparedGeneration> GenerationService::Prepare(
   GLOAM_ASSIGN_OR_RETURN(const int max_tokens,
                          CheckRoom(params, static_cast<int64_t>(engine_request.prompt.size()),
                                    "messages", std::nullopt));
+  GLOAM_RETURN_IF_ERROR(SetDecodedPromptTokens(params, &engine_request));
+  engine_request.sparsity = std::move(policy);
   engine_request.id = prepared.id;
   engine_request.sampling = MakeSampling(params, defaults_);
   engine_request.sampling.max_tokens = max_tokens;

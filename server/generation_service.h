@@ -3,6 +3,7 @@
 // Immutable after construction, except for its own request counters; any thread.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -30,6 +31,7 @@ struct PreparedGeneration {
 
 struct GenerationServiceOptions {
   std::vector<std::string> served_model_names;  // the first is the one that answers carry
+  std::shared_ptr<const PolicyRegistry> policies = nullptr;  // null: dense attention only
 };
 
 class GenerationService {
@@ -52,6 +54,7 @@ class GenerationService {
 
   const std::string& model_name() const { return options_.served_model_names.front(); }
   const std::vector<std::string>& model_names() const { return options_.served_model_names; }
+  const PolicyRegistry& policies() const { return *options_.policies; }
   bool has_chat_template() const { return chat_template_ != nullptr; }
   Engine& engine() const { return engine_; }
   const Tokenizer& tokenizer() const { return tokenizer_; }
@@ -64,6 +67,7 @@ class GenerationService {
                                                 const std::string& field) const;
   StatusOr<std::vector<int32_t>> TokenizeMessages(const std::vector<ChatMessage>& messages,
                                                   const RenderOptions& options) const;
+  StatusOr<std::shared_ptr<const SparsityPolicy>> FindPolicy(const SparsityRequest& sparsity) const;
 
   GenerationServiceOptions options_;
   Engine& engine_;

@@ -21,6 +21,16 @@ void ToWire(const RequestSummary& summary, v1::Usage* usage) {
   usage->set_completion_tokens(summary.completion_tokens);
   usage->set_total_tokens(summary.prompt_tokens + summary.completion_tokens);
   usage->mutable_prompt_tokens_details()->set_cached_tokens(summary.cached_tokens);
+  if (!summary.sparsity) return;
+  const SparsityUsage& sparsity = *summary.sparsity;
+  v1::SparsityUsage* message = usage->mutable_sparsity();
+  message->set_policy(std::string(PolicyLabel(sparsity)));
+  message->set_mean_kept_tokens_per_head(sparsity.kept_tokens_per_head);
+  message->set_mean_loaded_tokens_per_kv_head(sparsity.loaded_tokens_per_kv_head);
+  message->set_mean_loaded_share(sparsity.loaded_share);
+  message->set_sparse_steps(sparsity.sparse_steps);
+  message->set_bypassed_steps(sparsity.bypassed_steps);
+  if (sparsity.true_mass) message->set_true_mass(*sparsity.true_mass);
 }
 
 // Facts and helpers that both kinds of answers need.

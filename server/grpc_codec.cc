@@ -8,6 +8,7 @@
 #include "google/protobuf/struct.pb.h"
 #include "grpcpp/impl/codegen/proto_utils.h"
 #include "server/api_error.h"
+#include "server/strict_json.h"
 
 namespace gloam {
 namespace {
@@ -53,26 +54,34 @@ json ToJson(const Struct& object) {
   return result;
 }
 
-Status CheckSparsity(const v1::SparsityOptions& sparsity) {
-  if (sparsity.has_policy() && sparsity.policy() != kDensePolicy) {
-    return InvalidField("sparsity.policy", "unknown sparsity policy; the policies are: {}",
-                        kDensePolicy);
+StatusOr<SparsityRequest> ToApi(const v1::SparsityOptions& message) {
+  SparsityRequest request;
+  if (message.has_policy()) request.policy = message.policy();
+  if (message.has_p()) request.overrides.p = message.p();
+  if (message.has_token_budget()) request.overrides.token_budget = message.token_budget();
+  if (message.has_report_true_mass()) {
+    request.overrides.report_true_mass = message.report_true_mass();
   }
-  if (sparsity.has_p()) {
-    return InvalidField("sparsity.p", "the policy \"{}\" has no p", kDensePolicy);
+  if (!message.has_policy_json()) return request;
+  if (request.policy || !request.overrides.empty()) {
+    return InvalidField("sparsity.policy_json",
+                        "sparsity.policy_json is a whole policy and goes with no other field");
   }
-  if (sparsity.has_token_budget()) {
-    return InvalidField("sparsity.token_budget", "the policy \"{}\" has no token_budget",
-                        kDensePolicy);
+  auto body = ParseStrictJson(message.policy_json());
+  if (!body.ok()) return WithParam(body.status(), "sparsity.policy_json");
+  if (!body->is_object()) {
+    return InvalidField("sparsity.policy_json", "sparsity.policy_json must be a JSON object");
   }
-  return OkStatus();
+  request.body = *std::move(body);
+  return request;
 }
 
 // The fields that completions and chat completions share by name.
 template <typename Message>
 StatusOr<GenerationParams> ToParams(const Message& message) {
-  GLOAM_RETURN_IF_ERROR(CheckSparsity(message.sparsity()));
   GenerationParams params;
+  GLOAM_ASSIGN_OR_RETURN(params.sparsity, ToApi(message.sparsity()));
+  params.num_decoded_prompt_tokens = message.sparsity_decode_prompt_tokens();
   if (message.has_n()) params.n = message.n();
   if (message.has_temperature()) params.temperature = message.temperature();
   if (message.has_top_p()) params.top_p = message.top_p();

@@ -17,9 +17,6 @@
 
 namespace gloam {
 
-// The one policy so far.
-inline constexpr std::string_view kDensePolicy = "dense";
-
 // Errors: kInvalidArgument with `param`.
 [[nodiscard]] StatusOr<CompletionRequest> ToApi(const v1::CreateCompletionRequest& message);
 [[nodiscard]] StatusOr<ChatCompletionRequest> ToApi(const v1::CreateChatCompletionRequest& message);

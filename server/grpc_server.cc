@@ -21,6 +21,7 @@
 #include "server/api_keys.h"
 #include "server/grpc_call.h"
 #include "server/grpc_codec.h"
+#include "server/strict_json.h"
 
 namespace gloam {
 namespace {
@@ -266,10 +267,16 @@ class SparsityService final : public SparsityBase {
   grpc::ServerUnaryReactor* ListPolicies(CallbackServerContext* context, const ByteBuffer* request,
                                          ByteBuffer* response) override {
     return front_.Respond<v1::ListPoliciesRequest, v1::ListPoliciesResponse>(
-        context, request, response, [](const auto&, v1::ListPoliciesResponse* answer) {
-          v1::Policy* dense = answer->add_policies();
-          dense->set_name(std::string(kDensePolicy));
-          dense->set_is_default(true);
+        context, request, response, [&](const auto&, v1::ListPoliciesResponse* answer) {
+          const PolicyRegistry& registry = front_.service.policies();
+          for (const NamedPolicy& policy : registry.policies()) {
+            v1::Policy* message = answer->add_policies();
+            message->set_name(policy.name);
+            message->set_is_default(policy.name == registry.default_name());
+            message->set_policy_json(DumpJson(policy.body));
+            message->set_usable(policy.usable());
+            if (!policy.usable()) message->set_reason(MessageOf(policy.unusable));
+          }
           return OkStatus();
         });
   }

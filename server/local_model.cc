@@ -18,6 +18,8 @@
 namespace gloam {
 namespace {
 
+namespace fs = std::filesystem;
+
 constexpr int64_t kMinKvCacheBytes = int64_t{64} << 20;
 constexpr double kFreeMemoryShare = 0.25;  // the rest is for the page cache and other programs
 
@@ -115,7 +117,18 @@ StatusOr<std::unique_ptr<LocalModel>> LocalModel::Load(const ServeOptions& optio
   if (service_options.served_model_names.empty()) service_options.served_model_names = {name};
   local->metrics_ = std::make_unique<MetricsRegistry>(service_options.served_model_names.front());
 
+  PolicyRegistryOptions policies;
+  policies.folder = options.sparsity_dir;
+  policies.default_policy = options.sparsity;
+  if (options.sparsity_policies != "all") policies.enabled = SplitCommas(options.sparsity_policies);
+  policies.model_name = name;
+  policies.model_folder = fs::is_directory(path) ? path : path.parent_path();
+  GLOAM_ASSIGN_OR_RETURN(PolicyRegistry registry,
+                         PolicyRegistry::Load(policies, loaded->model->config()));
+  service_options.policies = std::make_shared<const PolicyRegistry>(std::move(registry));
+
   EngineOptions engine;
+  engine.sidecars = service_options.policies->sidecars();
   engine.max_model_len = options.max_model_len;
   engine.max_num_seqs = options.max_num_seqs;
   engine.max_num_batched_tokens = options.max_num_batched_tokens;
@@ -139,14 +152,19 @@ std::string LocalModel::Describe() const {
   const ModelConfig& config = engine_->model_config();
   const EngineStats stats = engine_->stats();
   const int64_t kv_tokens = stats.num_blocks_total * kBlockTokens;
+  const PolicyRegistry& policies = service_->policies();
+  const auto num_usable = std::count_if(policies.policies().begin(), policies.policies().end(),
+                                        [](const NamedPolicy& policy) { return policy.usable(); });
   return fmt::format(
       "  model     {} ({}, {} layers, {}/{} heads x {}), context {} tokens\n"
       "  compute   cpu ({}), {} activations, weights {:.2f} GB, loaded in {:.2f} s\n"
-      "  KV cache  {} blocks of {}, {} tokens in {}: {:.1f} requests of full length\n",
+      "  KV cache  {} blocks of {}, {} tokens in {}: {:.1f} requests of full length\n"
+      "  sparsity  {} by default, {} of {} policies usable\n",
       service_->model_name(), config.architecture, config.num_layers, config.num_heads,
       config.num_kv_heads, config.head_dim, engine_->max_model_len(), CpuModelName(), activations_,
       static_cast<double>(weight_bytes_) / 1e9, load_seconds_, stats.num_blocks_total, kBlockTokens,
-      kv_tokens, kv_cache_dtype_, static_cast<double>(kv_tokens) / engine_->max_model_len());
+      kv_tokens, kv_cache_dtype_, static_cast<double>(kv_tokens) / engine_->max_model_len(),
+      policies.default_name(), num_usable, policies.policies().size());
 }
 
 }  // namespace gloam

@@ -104,7 +104,8 @@ class SettingsFlags {
   std::map<std::string, std::pair<CLI::Option*, CLI::Option*>> bool_flags_;  // --x, --no-x
 };
 
-const std::set<std::string> kLocalGroups = {"Model", "Compute and memory", "Scheduling"};
+const std::set<std::string> kLocalGroups = {"Model", "Compute and memory", "Scheduling",
+                                            "Sparsity"};
 
 // A usage error of the settings, or the subcommand's own exit code.
 int WithSettings(SettingsFlags& flags, const std::function<int(const ServeOptions&)>& run) {

@@ -80,25 +80,37 @@ void RefuseStructuredOutput(JsonFields& fields) {
   }
 }
 
-// A policy's name, or {"policy": NAME} with overrides, of which the one policy so far has none.
-void ReadSparsity(JsonFields& fields) {
+// A policy's name; a policy's name with changes, of which no whole policy has the first three keys;
+// or a whole policy.
+void ReadSparsity(JsonFields& fields, SparsityRequest* out) {
   const json* sparsity = fields.Find("sparsity");
   if (sparsity == nullptr) return;
-  if (!sparsity->is_string() && !sparsity->is_object()) {
-    return fields.FailType("sparsity", "a policy's name or an object");
+  if (sparsity->is_string()) {
+    out->policy = sparsity->get<std::string>();
+    return;
   }
-  const json policy = sparsity->is_object() ? sparsity->value("policy", json("dense")) : *sparsity;
-  if (policy != "dense") {
-    return fields.Fail(InvalidField("sparsity.policy",
-                                    "sparsity must name a policy of this server: dense "
-                                    "(GET /v1/sparsity/policies)"));
+  if (!sparsity->is_object()) return fields.FailType("sparsity", "a policy's name or an object");
+  const auto has = [&](const char* key) { return sparsity->contains(key); };
+  if (!has("policy") && !has("p") && !has("token_budget")) {
+    out->body = *sparsity;
+    return;
   }
-  if (!sparsity->is_object()) return;
+  JsonFields changes(*sparsity, "sparsity.");
+  changes.Read("policy", &out->policy);
+  changes.Read("p", &out->overrides.p);
+  changes.Read("token_budget", &out->overrides.token_budget);
+  if (has("report_true_mass")) {
+    changes.Read("report_true_mass", &out->overrides.report_true_mass.emplace());
+  }
   for (const auto& [key, value] : sparsity->items()) {
-    if (key == "policy") continue;
-    return fields.Fail(
-        InvalidField("sparsity." + key, "the policy \"dense\" has no setting of this name"));
+    if (key == "policy" || key == "p" || key == "token_budget" || key == "report_true_mass") {
+      continue;
+    }
+    changes.Fail(InvalidField("sparsity." + key,
+                              "sparsity takes only p, token_budget and report_true_mass beside "
+                              "policy; whatever else differs makes a whole policy"));
   }
+  fields.Fail(changes.status());
 }
 
 // Fields that change the answer in a way that this server cannot.
@@ -139,7 +151,8 @@ void ReadParams(JsonFields& fields, GenerationParams* p) {
   fields.Read("prompt_logprobs", &p->num_prompt_logprobs);
   fields.Read("priority", &p->priority);
   RefuseStructuredOutput(fields);
-  ReadSparsity(fields);
+  ReadSparsity(fields, &p->sparsity);
+  fields.Read("sparsity_decode_prompt_tokens", &p->num_decoded_prompt_tokens);
   RefuseUnsupported(fields);
 }
 

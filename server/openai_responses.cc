@@ -48,6 +48,16 @@ std::vector<SampleResult> EchoedLogprobs(const std::vector<SampleResult>& prompt
   return all;
 }
 
+json SparsityJson(const SparsityUsage& usage) {
+  return {{"policy", PolicyLabel(usage)},
+          {"mean_kept_tokens_per_head", usage.kept_tokens_per_head},
+          {"mean_loaded_tokens_per_kv_head", usage.loaded_tokens_per_kv_head},
+          {"mean_loaded_share", usage.loaded_share},
+          {"sparse_steps", usage.sparse_steps},
+          {"bypassed_steps", usage.bypassed_steps},
+          {"true_mass", usage.true_mass ? json(*usage.true_mass) : json(nullptr)}};
+}
+
 }  // namespace
 
 std::string ErrorBody(const Status& status) {
@@ -76,10 +86,12 @@ json StopReasonJson(const std::optional<std::string>& stop_reason,
 }
 
 json UsageJson(const RequestSummary& summary) {
-  return {{"prompt_tokens", summary.prompt_tokens},
-          {"completion_tokens", summary.completion_tokens},
-          {"total_tokens", summary.prompt_tokens + summary.completion_tokens},
-          {"prompt_tokens_details", {{"cached_tokens", summary.cached_tokens}}}};
+  json usage = {{"prompt_tokens", summary.prompt_tokens},
+                {"completion_tokens", summary.completion_tokens},
+                {"total_tokens", summary.prompt_tokens + summary.completion_tokens},
+                {"prompt_tokens_details", {{"cached_tokens", summary.cached_tokens}}}};
+  if (summary.sparsity) usage["sparsity"] = SparsityJson(*summary.sparsity);
+  return usage;
 }
 
 json ChatLogprobsJson(const std::vector<SampleResult>& logprobs, int num_logprobs,

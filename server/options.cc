@@ -147,7 +147,9 @@ StatusOr<Strings> TextsOf(const json& value) {
   return InvalidArgument("the value must be a string, a number, true, false or a list of strings");
 }
 
-Strings SplitCommas(const std::string& text) {
+}  // namespace
+
+std::vector<std::string> SplitCommas(const std::string& text) {
   Strings parts;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
@@ -156,8 +158,6 @@ Strings SplitCommas(const std::string& text) {
   }
   return parts;
 }
-
-}  // namespace
 
 StatusOr<int64_t> ParseBytes(std::string_view text) {
   size_t digits = 0;
@@ -213,6 +213,15 @@ OptionTable::OptionTable(ServeOptions* o) {
                  "Requests that may wait; more are answered 503");
   scheduling.Seconds("request-timeout", &o->request_timeout, 0,
                      "Deadline of every HTTP request, in the queue and while running (0: none)");
+
+  Maker sparsity{"Sparsity", specs_};
+  sparsity.Text("sparsity", &o->sparsity, "POLICY",
+                "Attention policy of requests that name none (GET /v1/sparsity/policies)");
+  sparsity.Text("sparsity-dir", &o->sparsity_dir, "DIR",
+                "Folder of more policies (each *.json is one) and of their channel files");
+  sparsity.Text("sparsity-policies", &o->sparsity_policies, "NAMES",
+                "Policies that requests may name, with commas between, or all; the KV cache keeps "
+                "what these need");
 
   Maker network{"Network", specs_};
   network.Text("host", &o->host, "ADDRESS", "Address to listen on");

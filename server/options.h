@@ -33,6 +33,10 @@ struct ServeOptions {
   int max_queued_requests = 1024;
   double request_timeout = 0;  // seconds; 0: none
 
+  std::string sparsity = "dense";         // a policy's name
+  std::string sparsity_dir;               // a folder; empty: none
+  std::string sparsity_policies = "all";  // names with commas between, or "all"
+
   std::string host = "127.0.0.1";
   int port = 8000;
   int grpc_port = 50051;
@@ -91,6 +95,9 @@ class OptionTable {
   std::vector<OptionSpec> specs_;
   std::map<std::string, std::string> sources_;  // by name: "flag", "environment", "file"
 };
+
+// "a,b" as {"a", "b"}; empty parts are left out.
+std::vector<std::string> SplitCommas(const std::string& text);
 
 // "2G", "512MiB", "1048576": binary units. Errors: kInvalidArgument.
 [[nodiscard]] StatusOr<int64_t> ParseBytes(std::string_view text);

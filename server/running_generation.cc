@@ -28,6 +28,29 @@ double MeanLogprob(const Answer& answer) {
   return answer.logprobs.empty() ? 0 : sum / static_cast<double>(answer.logprobs.size());
 }
 
+// Adds one prompt's usage to the others': means are weighted by the steps that they are over.
+void AddSparsity(const SparsityUsage& part, std::optional<SparsityUsage>* sum) {
+  if (!*sum) {
+    *sum = part;
+    return;
+  }
+  SparsityUsage& all = **sum;
+  const auto steps = static_cast<double>(all.sparse_steps + part.sparse_steps);
+  const double weight = steps == 0 ? 0 : static_cast<double>(part.sparse_steps) / steps;
+  const auto merge = [weight](double* mean, double other) { *mean += (other - *mean) * weight; };
+  merge(&all.kept_tokens_per_head, part.kept_tokens_per_head);
+  merge(&all.loaded_tokens_per_kv_head, part.loaded_tokens_per_kv_head);
+  merge(&all.loaded_share, part.loaded_share);
+  merge(&all.context_tokens, part.context_tokens);
+  if (part.true_mass && all.true_mass) {
+    merge(&*all.true_mass, *part.true_mass);
+  } else if (part.true_mass) {
+    all.true_mass = part.true_mass;
+  }
+  all.sparse_steps += part.sparse_steps;
+  all.bypassed_steps += part.bypassed_steps;
+}
+
 }  // namespace
 
 RunningGeneration::RunningGeneration(Engine& engine, PreparedGeneration prepared)
@@ -79,6 +102,7 @@ RunningGeneration::Batch RunningGeneration::Take() {
         summary_.completion_tokens += part.summary->completion_tokens;
       }
       summary_.cached_tokens += part.summary->cached_tokens;
+      if (part.summary->sparsity) AddSparsity(*part.summary->sparsity, &summary_.sparsity);
       ++num_ended_;
     }
   }

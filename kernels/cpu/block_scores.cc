@@ -69,7 +69,9 @@ HWY_INLINE void ScoreHeads(const T* HWY_RESTRICT minima, const float* HWY_RESTRI
     HWY_UNROLL(4)
     for (int h = 0; h < kHeads; ++h) {
       const VF q = hn::LoadU(d, queries + h * head_dim + c);
-      sums[h] = hn::MulAdd(q, hn::IfNegativeThenElse(q, min, max), sums[h]);
+      // Not IfNegativeThenElse: Highway 1.0.3 takes the bare sign for a full mask on SSSE3.
+      const VF corner = hn::IfThenElse(hn::Lt(q, hn::Zero(d)), min, max);
+      sums[h] = hn::MulAdd(q, corner, sums[h]);
     }
   }
   HWY_UNROLL(4)

@@ -277,19 +277,101 @@ def test_row_14_over_grpc(channel, stubs):
     assert trailers["gloam-error-param"].startswith("chat_template_kwargs")
 
 
-def test_row_15_sparsity(server, channel, stubs):
-    check_error(server.post(COMPLETIONS, valid(sparsity="magic")), 400, "sparsity.policy")
+# Fields of a policy's changes, and the key that is wrong.
+ROW_15_CHANGES = [
+    ({"policy": "magic"}, "policy"),
+    ({"policy": ""}, "policy"),
+    ({"policy": "ds_twi"}, "selector.config_path"),  # there is no channel file
+    ({"policy": "dense", "p": 0.9}, "p"),
+    ({"p": 0.9}, "p"),  # dense is the default
+    ({"policy": "quest_twi", "p": 0.0}, "p"),
+    ({"policy": "quest_twi", "p": 1.5}, "p"),
+    ({"policy": "quest_8192", "p": 0.5}, "p"),
+    ({"policy": "quest_twi", "token_budget": 0}, "token_budget"),
+    ({"policy": "twilight", "token_budget": 64}, "token_budget"),
+    ({"policy": "dense", "report_true_mass": True}, "report_true_mass"),
+]
+
+# Whole policies.
+QUEST = {"type": "quest", "token_budget": 64}
+DS = {"type": "ds", "r": 16, "token_budget": 64}
+ROW_15_POLICIES = [
+    ({"selecter": QUEST}, "selecter"),
+    ({"selector": "quest"}, "selector"),
+    ({"selector": {"type": "magic"}}, "selector.type"),
+    ({"selector": {**QUEST, "token_budget": 0}}, "selector.token_budget"),
+    ({"selector": {**QUEST, "token_budget": 1e9}}, "selector.token_budget"),
+    ({"selector": {**QUEST, "sparsity_rate": 0.5}}, "selector.sparsity_rate"),
+    ({"selector": {**QUEST, "chunk_size": 32}}, "selector.chunk_size"),
+    ({"selector": {**QUEST, "window": 1}}, "selector.window"),
+    ({"selector": {**DS, "config_path": "/etc/passwd"}}, "selector.config_path"),
+    ({"selector": {**DS, "config_path": "channels/{model}.json"}}, "selector.config_path"),
+    (
+        {"selector": {"type": "tidal_decode", "token_budget": 64, "reselection_layers": [99]}},
+        "selector.reselection_layers",
+    ),
+    ({"compressor": {"type": "snap_kv", "kernel_size": 2}}, "compressor.kernel_size"),
+    (
+        {"weight_estimator": {"type": "block_quant", "quant_bit": 3}},
+        "weight_estimator.quant_bit",
+    ),
+    # The server keeps no such sidecar, and this one at 4 bits.
+    ({"weight_estimator": {"type": "max_quant", "quant_bit": 4}}, "weight_estimator.type"),
+    (
+        {"weight_estimator": {"type": "block_quant", "quant_bit": 8}},
+        "weight_estimator.quant_bit",
+    ),
+    ({"weight_pruner": {"type": "top_p", "threshold": 1.5}}, "weight_pruner.threshold"),
+    ({"weight_pruner": {"type": "top_p", "threshold": 0}}, "weight_pruner.threshold"),
+    ({"tail": "block_mean"}, "tail"),
+    ({"use_estimated_weights_in_attn": True}, "use_estimated_weights_in_attn"),
+    ({"sink_tokens": -1}, "sink_tokens"),
+]
+
+
+@pytest.mark.parametrize(("fields", "key"), ROW_15_CHANGES, ids=range(len(ROW_15_CHANGES)))
+def test_row_15_changes(server, channel, stubs, fields, key):
+    check_error(server.post(COMPLETIONS, valid(sparsity=fields)), 400, f"sparsity.{key}")
+    request = stubs.CreateCompletionRequest(
+        prompt=[stubs.Prompt(text="Hi")], sparsity=stubs.SparsityOptions(**fields)
+    )
     create = stubs.CompletionsStub(channel).Create
-    for fields, param in (({"policy": "magic"}, "policy"), ({"policy": "dense", "p": 0.9}, "p")):
-        response = server.post(COMPLETIONS, valid(sparsity=fields))
-        check_error(response, 400, f"sparsity.{param}")
-        request = stubs.CreateCompletionRequest(
-            prompt=[stubs.Prompt(text="Hi")], sparsity=stubs.SparsityOptions(**fields)
-        )
-        check_grpc_error(create, request, INVALID, f"sparsity.{param}")
+    check_grpc_error(create, request, INVALID, f"sparsity.{key}")
+
+
+@pytest.mark.parametrize(("policy", "key"), ROW_15_POLICIES, ids=range(len(ROW_15_POLICIES)))
+def test_row_15_policies(server, channel, stubs, policy, key):
+    check_error(server.post(COMPLETIONS, valid(sparsity=policy)), 400, f"sparsity.{key}")
+    request = stubs.CreateCompletionRequest(
+        prompt=[stubs.Prompt(text="Hi")],
+        sparsity=stubs.SparsityOptions(policy_json=json.dumps(policy)),
+    )
+    create = stubs.CompletionsStub(channel).Create
+    check_grpc_error(create, request, INVALID, f"sparsity.{key}")
+
+
+def test_row_15_types_and_chat(server, channel, stubs):
+    check_error(server.post(COMPLETIONS, valid(sparsity="magic")), 400, "sparsity.policy")
+    check_error(server.post(COMPLETIONS, valid(sparsity=5)), 400, "sparsity")
+    check_error(server.post(COMPLETIONS, valid(sparsity={"policy": 5})), 400, "sparsity.policy")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "sparsity": "magic"}
+    check_error(server.post(CHAT, body), 400, "sparsity.policy")
+    for tokens in (-1, 1000):
+        body = valid(sparsity_decode_prompt_tokens=tokens)
+        check_error(server.post(COMPLETIONS, body), 400, "sparsity_decode_prompt_tokens")
+    request = stubs.CreateCompletionRequest(
+        prompt=[stubs.Prompt(text="Hi")], sparsity=stubs.SparsityOptions(policy_json="{")
+    )
+    create = stubs.CompletionsStub(channel).Create
+    check_grpc_error(create, request, INVALID, "sparsity.policy_json")
 
 
 def test_error_messages_hold_no_paths(server):
-    for body in (valid(model="x"), valid(n=0), valid(prompt="word " * 9000)):
+    for body in (
+        valid(model="x"),
+        valid(n=0),
+        valid(prompt="word " * 9000),
+        valid(sparsity="magic"),
+    ):
         message = json.dumps(server.post(COMPLETIONS, body).json())
         assert "/" not in message.replace("/v1/", "").replace("api/", "")

@@ -33,6 +33,7 @@ EXTRA_FIELDS = {
     "prompt_logprobs",
     "repetition_penalty",
     "sparsity",
+    "sparsity_decode_prompt_tokens",
     "stop_token_ids",
     "top_k",
 }

@@ -1,7 +1,10 @@
 """Every route besides generation."""
 
+import json
+import subprocess
+
 import pytest
-from gloam_process import MODEL
+from gloam_process import MODEL, PATIENCE_SECONDS, binary
 
 TEXTS = [
     "Hello, world!",
@@ -42,10 +45,54 @@ def test_pages(server):
         assert page.headers["Content-Type"].startswith("text/html")
 
 
-def test_sparsity_policies(server):
-    response = server.get("/v1/sparsity/policies")
-    assert response.status == 200
-    assert "dense" in response.body.decode()
+def test_sparsity_policies(server, channel, stubs):
+    listed = server.get("/v1/sparsity/policies").json()
+    assert listed["default"] == "dense"
+    policies = {policy["name"]: policy for policy in listed["data"]}
+    assert {"dense", "twilight", "quest_1024", "quest_8192", "quest_twi"} == {
+        name for name, policy in policies.items() if policy["usable"]
+    }
+    assert {"ds_1024", "ds_8192", "ds_twi"} == {
+        name for name, policy in policies.items() if not policy["usable"]
+    }
+    for policy in policies.values():
+        assert policy["is_default"] == (policy["name"] == "dense")
+        assert policy["usable"] == (policy["reason"] is None)
+    assert policies["quest_twi"]["policy"]["weight_pruner"]["threshold"] == 0.85
+    over_grpc = stubs.SparsityStub(channel).ListPolicies(stubs.ListPoliciesRequest()).policies
+    assert [policy.name for policy in over_grpc] == list(policies)
+    for policy in over_grpc:
+        assert json.loads(policy.policy_json) == policies[policy.name]["policy"]
+        assert policy.usable == policies[policy.name]["usable"]
+
+
+def test_policies_of_a_folder(start_gloam, tmp_path):
+    mine = {"selector": {"type": "oracle_topk", "token_budget": 64}}
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    flags = ["--sparsity-dir", str(tmp_path), "--sparsity", "mine"]
+    server = start_gloam(*flags, "--sparsity-policies", "quest_1024")
+    listed = server.get("/v1/sparsity/policies").json()
+    assert listed["default"] == "mine"
+    usable = {policy["name"] for policy in listed["data"] if policy["usable"]}
+    assert usable == {"dense", "mine", "quest_1024"}
+    server.terminate()
+    assert server.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--sparsity", "magic"], "--sparsity: there is no policy 'magic'"),
+        (["--sparsity", "ds_twi"], "--sparsity: the policy 'ds_twi' cannot be used"),
+        (["--sparsity-policies", "quest_1024,magic"], "--sparsity-policies: there is no policy"),
+        (["--sparsity-dir", "/nonexistent"], "--sparsity-dir: cannot read /nonexistent"),
+    ],
+)
+def test_wrong_policy_flags(flags, said):
+    command = [str(binary()), "serve", MODEL, "--port", "0", "--grpc-port", "0", *flags]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert run.returncode == 1
+    assert said in run.stderr
 
 
 def test_unknown_route_and_method(server):

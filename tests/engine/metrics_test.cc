@@ -35,6 +35,36 @@ TEST_CASE("metrics appear under vLLM's names with our prefix and the model's lab
   }
 }
 
+TEST_CASE("sparsity is counted by policy") {
+  MetricsRegistry metrics("tiny");
+  SparsityUsage usage;
+  usage.policy = "twilight";
+  usage.kept_tokens_per_head = 100;
+  usage.loaded_share = 0.04;
+  usage.sparse_steps = 7;
+  usage.bypassed_steps = 2;
+  metrics.ObserveSparsity(usage);
+  metrics.ObserveSparsity(usage);
+  usage.policy.clear();  // given in the request
+  usage.sparse_steps = 0;
+  metrics.ObserveSparsity(usage);
+  const std::string text = metrics.Serialize();
+  for (const char* line :
+       {"gloam:sparsity_sparse_steps_total{model_name=\"tiny\",policy=\"twilight\"} 14",
+        "gloam:sparsity_bypassed_steps_total{model_name=\"tiny\",policy=\"twilight\"} 4",
+        "gloam:sparsity_kept_tokens_per_head_bucket{model_name=\"tiny\",policy=\"twilight\","
+        "le=\"64\"} 0",
+        "gloam:sparsity_kept_tokens_per_head_bucket{model_name=\"tiny\",policy=\"twilight\","
+        "le=\"128\"} 2",
+        "gloam:sparsity_loaded_share_bucket{model_name=\"tiny\",policy=\"twilight\",le=\"0.05\"} "
+        "2",
+        "gloam:sparsity_bypassed_steps_total{model_name=\"tiny\",policy=\"custom\"} 2",
+        "gloam:sparsity_kept_tokens_per_head_count{model_name=\"tiny\",policy=\"custom\"} 0"}) {
+    CAPTURE(line);
+    CHECK(text.find(line) != std::string::npos);
+  }
+}
+
 TEST_CASE("the server adds its own metrics") {
   MetricsRegistry metrics("");
   prometheus::BuildCounter()

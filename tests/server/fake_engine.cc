@@ -129,4 +129,15 @@ void FakeEngine::End(RequestHandle handle, RequestSummary summary) {
   sink->OnEnd(summary);
 }
 
+std::shared_ptr<const PolicyRegistry> BuiltinPolicyRegistry() {
+  ModelConfig model;
+  model.num_layers = 3;
+  model.num_heads = 4;
+  model.num_kv_heads = 2;
+  model.head_dim = 64;
+  auto registry = PolicyRegistry::Load({}, model);
+  REQUIRE(registry.ok());
+  return std::make_shared<const PolicyRegistry>(*std::move(registry));
+}
+
 }  // namespace gloam

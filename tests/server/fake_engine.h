@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "models/attention/policy_registry.h"
 #include "models/tokenizer/tokenizer.h"
 
 namespace gloam {
@@ -76,5 +77,8 @@ class FakeEngine : public Engine {
   RequestHandle last_returned_ = 0;
   std::map<RequestHandle, Submitted> submitted_;
 };
+
+// The built-in policies, for a model of three layers: those that need no channel file are usable.
+std::shared_ptr<const PolicyRegistry> BuiltinPolicyRegistry();
 
 }  // namespace gloam

@@ -22,8 +22,9 @@ struct Fixture {
     auto parsed = ChatTemplate::Parse(kTemplate, "", "<eos>");
     REQUIRE(parsed.ok());
     chat_template = *std::move(parsed);
-    service = std::make_unique<GenerationService>(GenerationServiceOptions{{"m", "alias"}}, engine,
-                                                  tokenizer, chat_template.get(), defaults);
+    service = std::make_unique<GenerationService>(
+        GenerationServiceOptions{{"m", "alias"}, BuiltinPolicyRegistry()}, engine, tokenizer,
+        chat_template.get(), defaults);
   }
 
   FakeEngine engine;  // of 1024 tokens of context
@@ -286,8 +287,93 @@ TEST_CASE("What chats refuse") {
   request.chat_template_kwargs = {{"chat_template", "x"}};
   CHECK(ParamOf(f.service->Prepare(request).status()) == "chat_template_kwargs.chat_template");
 
-  GenerationService without({{"m"}}, f.engine, f.tokenizer, nullptr, {});
+  GenerationService without({{"m"}, nullptr}, f.engine, f.tokenizer, nullptr, {});
   CHECK(ParamOf(without.Prepare(Chat()).status()) == "messages");
+}
+
+TEST_CASE("A request's sparsity becomes a policy") {
+  Fixture f;
+  const auto policy_of = [&](const SparsityRequest& sparsity) {
+    CompletionRequest request = Completion();
+    request.params.sparsity = sparsity;
+    const auto prepared = f.service->Prepare(request);
+    REQUIRE(prepared.ok());
+    return prepared->requests[0].sparsity;
+  };
+  CHECK(policy_of({}) == nullptr);
+  CHECK(policy_of({.policy = "dense"}) == nullptr);
+  CHECK(policy_of({.policy = "twilight"}) == *f.service->policies().Find("twilight"));
+  const auto changed = policy_of({.policy = "quest_twi", .overrides = {.p = 0.5}});
+  CHECK(changed->name == "quest_twi");
+  CHECK(changed->pruner.threshold == 0.5f);
+  SparsityRequest own;
+  own.body = {{"selector", {{"type", "quest"}, {"token_budget", 64}}}, {"sink_tokens", 3}};
+  CHECK(policy_of(own)->name.empty());
+  CHECK(policy_of(own)->sink_tokens == 3);
+
+  ChatCompletionRequest chat = Chat();
+  chat.params.sparsity.policy = "twilight";
+  const auto prepared = f.service->Prepare(chat);
+  REQUIRE(prepared.ok());
+  CHECK(prepared->requests[0].sparsity->name == "twilight");
+}
+
+TEST_CASE("All prompts of a request share its policy") {
+  Fixture f;
+  CompletionRequest request = Completion();
+  request.prompts.emplace_back(std::string("there"));
+  request.params.sparsity = {.policy = "quest_twi", .overrides = {.p = 0.5}};
+  const auto prepared = f.service->Prepare(request);
+  REQUIRE(prepared.ok());
+  CHECK(prepared->requests[0].sparsity == prepared->requests[1].sparsity);
+}
+
+TEST_CASE("Faults of a request's sparsity name the key") {
+  Fixture f;
+  const auto fault_of = [&](const SparsityRequest& sparsity) {
+    CompletionRequest request = Completion();
+    request.params.sparsity = sparsity;
+    const Status status = f.service->Prepare(request).status();
+    CHECK(HttpStatusOf(status) == 400);
+    CHECK(MessageOf(status).rfind(ParamOf(status), 0) == 0);  // the message begins with the field
+    return ParamOf(status);
+  };
+  const auto fault_of_body = [&](const char* text) {
+    SparsityRequest sparsity;
+    sparsity.body = nlohmann::ordered_json::parse(text);
+    return fault_of(sparsity);
+  };
+  CHECK(fault_of({.policy = "magic"}) == "sparsity.policy");
+  CHECK(fault_of({.policy = ""}) == "sparsity.policy");
+  CHECK(fault_of({.policy = "ds_twi"}) == "sparsity.selector.config_path");
+  CHECK(fault_of({.overrides = {.p = 0.9}}) == "sparsity.p");  // the default is dense
+  CHECK(fault_of({.policy = "quest_twi", .overrides = {.p = 1.1}}) == "sparsity.p");
+  CHECK(fault_of({.policy = "quest_twi", .overrides = {.token_budget = 0}}) ==
+        "sparsity.token_budget");
+  CHECK(fault_of_body(R"({"selecter": {}})") == "sparsity.selecter");
+  CHECK(fault_of_body(R"({"selector": {"type": "quest", "token_budget": 0}})") ==
+        "sparsity.selector.token_budget");
+  CHECK(fault_of_body(R"({"weight_pruner": {"type": "top_p", "threshold": 2}})") ==
+        "sparsity.weight_pruner.threshold");
+  CHECK(fault_of_body(R"({"weight_estimator": {"type": "max_quant", "quant_bit": 4}})") ==
+        "sparsity.weight_estimator.type");  // no enabled policy needs its sidecar
+  CHECK(fault_of_body(R"({"weight_estimator": {"type": "block_quant", "quant_bit": 8}})") ==
+        "sparsity.weight_estimator.quant_bit");
+  CHECK(fault_of_body(R"({"selector": {"type": "ds", "r": 4, "token_budget": 64,
+                                       "config_path": "/etc/passwd"}})") ==
+        "sparsity.selector.config_path");
+}
+
+TEST_CASE("The last prompt tokens that run as decode steps are fewer than the prompt's") {
+  Fixture f;
+  CompletionRequest request = Completion();  // of two tokens
+  CHECK(f.service->Prepare(request)->requests[0].num_decoded_prompt_tokens == 0);
+  request.params.num_decoded_prompt_tokens = 1;
+  CHECK(f.service->Prepare(request)->requests[0].num_decoded_prompt_tokens == 1);
+  for (const int64_t wrong : {int64_t{2}, int64_t{-1}, int64_t{1} << 40}) {
+    request.params.num_decoded_prompt_tokens = wrong;
+    CHECK(ParamOf(f.service->Prepare(request).status()) == "sparsity_decode_prompt_tokens");
+  }
 }
 
 TEST_CASE("Models by name") {

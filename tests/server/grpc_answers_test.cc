@@ -102,6 +102,49 @@ TEST_CASE("Choices of several prompts are numbered in order, streaming or not") 
   CHECK(texts == expected);
 }
 
+TEST_CASE("Sparsity: by name with changes, as a whole policy, and in the usage") {
+  GrpcFixture fixture;
+  v1::CreateCompletionRequest request = HiRequest();
+  request.mutable_sparsity()->set_policy("quest_twi");
+  request.mutable_sparsity()->set_p(0.5);
+  request.mutable_sparsity()->set_token_budget(64);
+  request.set_sparsity_decode_prompt_tokens(1);
+  {
+    CreateCall call(fixture, request);
+    const RequestHandle handle = fixture.engine.WaitForRequest();
+    const Request sent = fixture.engine.request(handle);
+    CHECK(sent.num_decoded_prompt_tokens == 1);
+    CHECK(sent.sparsity->name == "quest_twi");
+    CHECK(sent.sparsity->pruner.threshold == 0.5f);
+    fixture.engine.Finish(handle);
+    fixture.engine.End(handle, {.sparsity = SparsityUsage{.policy = "quest_twi",
+                                                          .kept_tokens_per_head = 24.5,
+                                                          .loaded_tokens_per_kv_head = 40,
+                                                          .loaded_share = 0.25,
+                                                          .sparse_steps = 3,
+                                                          .bypassed_steps = 1,
+                                                          .true_mass = 0.875}});
+    REQUIRE(call.Join().ok());
+    const v1::SparsityUsage& usage = call.response.usage().sparsity();
+    CHECK(usage.policy() == "quest_twi");
+    CHECK(usage.mean_kept_tokens_per_head() == 24.5);
+    CHECK(usage.mean_loaded_tokens_per_kv_head() == 40);
+    CHECK(usage.mean_loaded_share() == 0.25);
+    CHECK(usage.sparse_steps() == 3);
+    CHECK(usage.bypassed_steps() == 1);
+    CHECK(usage.true_mass() == 0.875);
+  }
+  request.clear_sparsity();
+  request.mutable_sparsity()->set_policy_json(R"({"sink_tokens": 4})");
+  CreateCall call(fixture, request);
+  const RequestHandle handle = fixture.engine.WaitForRequest();
+  CHECK(fixture.engine.request(handle).sparsity->sink_tokens == 4);
+  fixture.engine.Finish(handle);
+  fixture.engine.End(handle);
+  REQUIRE(call.Join().ok());
+  CHECK_FALSE(call.response.usage().has_sparsity());
+}
+
 TEST_CASE("A stream keeps its order and ends with the finish reason and the usage") {
   GrpcFixture fixture;
   v1::CreateCompletionRequest request = HiRequest();
@@ -336,9 +379,17 @@ TEST_CASE("Models, tokenizer and sparsity policies") {
     grpc::ClientContext context;
     v1::ListPoliciesResponse response;
     REQUIRE(v1::Sparsity::NewStub(fixture.channel)->ListPolicies(&context, {}, &response).ok());
-    REQUIRE(response.policies_size() == 1);
+    const auto& policies = fixture.service->policies().policies();
+    REQUIRE(response.policies_size() == static_cast<int>(policies.size()));
     CHECK(response.policies(0).name() == "dense");
     CHECK(response.policies(0).is_default());
+    for (size_t i = 0; i < policies.size(); ++i) {
+      const v1::Policy& policy = response.policies(static_cast<int>(i));
+      CHECK(policy.name() == policies[i].name);
+      CHECK(policy.usable() == policies[i].usable());
+      CHECK(policy.has_reason() != policy.usable());
+      CHECK(nlohmann::json::parse(policy.policy_json()) == policies[i].body);
+    }
   }
 }
 

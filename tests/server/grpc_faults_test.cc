@@ -36,6 +36,24 @@ TEST_CASE("Bad fields: INVALID_ARGUMENT, with the field in gloam-error-param") {
       {"sparsity.p", [](auto& request) { request.mutable_sparsity()->set_p(0.5); }},
       {"sparsity.token_budget",
        [](auto& request) { request.mutable_sparsity()->set_token_budget(1); }},
+      {"sparsity.selector.config_path",
+       [](auto& request) { request.mutable_sparsity()->set_policy("ds_twi"); }},
+      {"sparsity.policy_json",
+       [](auto& request) { request.mutable_sparsity()->set_policy_json("{"); }},
+      {"sparsity.policy_json",
+       [](auto& request) { request.mutable_sparsity()->set_policy_json("5"); }},
+      {"sparsity.policy_json",
+       [](auto& request) {
+         request.mutable_sparsity()->set_policy_json("{}");
+         request.mutable_sparsity()->set_policy("dense");
+       }},
+      {"sparsity.selector.token_budget",
+       [](auto& request) {
+         request.mutable_sparsity()->set_policy_json(
+             R"({"selector": {"type": "quest", "token_budget": 0}})");
+       }},
+      {"sparsity_decode_prompt_tokens",
+       [](auto& request) { request.set_sparsity_decode_prompt_tokens(2); }},
       {"prompt", [](auto& request) { request.clear_prompt(); }},
       {"prompt[1]", [](auto& request) { request.add_prompt(); }},
       {"best_of", [](auto& request) { request.set_n(3), request.set_best_of(2); }},

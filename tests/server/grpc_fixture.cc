@@ -9,9 +9,9 @@ GrpcFixture::GrpcFixture(GrpcServerOptions options, bool small_windows) {
       "{% for message in messages %}{{ message.role }}:{{ message.content }};{% endfor %}", "", "");
   REQUIRE(parsed.ok());
   chat_template = *std::move(parsed);
-  service =
-      std::make_unique<GenerationService>(GenerationServiceOptions{{"tiny", "alias"}}, engine,
-                                          tokenizer, chat_template.get(), GenerationDefaults{});
+  service = std::make_unique<GenerationService>(
+      GenerationServiceOptions{{"tiny", "alias"}, BuiltinPolicyRegistry()}, engine, tokenizer,
+      chat_template.get(), GenerationDefaults{});
   options.port = 0;
   auto started = GrpcServer::Start(options, *service);
   REQUIRE(started.ok());

@@ -27,8 +27,9 @@ HttpFixture::HttpFixture(HttpServerOptions http, ApiRoutesOptions api) {
       "", "<eos>");
   REQUIRE(parsed.ok());
   chat_template = *std::move(parsed);
-  service = std::make_unique<GenerationService>(GenerationServiceOptions{{"m"}}, engine, tokenizer,
-                                                chat_template.get(), GenerationDefaults());
+  service = std::make_unique<GenerationService>(
+      GenerationServiceOptions{{"m"}, BuiltinPolicyRegistry()}, engine, tokenizer,
+      chat_template.get(), GenerationDefaults());
   routes = std::make_unique<ApiRoutes>(std::move(api));
   routes->SetService(service.get(), &metrics);
   http.port = 0;

@@ -164,6 +164,70 @@ TEST_CASE("A chat stream: role first, finish reason last, usage when asked for")
   CHECK(events.front()["id"] == events.back()["id"]);
 }
 
+const SparsityUsage kSparsity = {.policy = "twilight",
+                                 .kept_tokens_per_head = 24.5,
+                                 .loaded_tokens_per_kv_head = 40,
+                                 .loaded_share = 0.25,
+                                 .context_tokens = 160,
+                                 .sparse_steps = 3,
+                                 .bypassed_steps = 1,
+                                 .true_mass = std::nullopt};
+const json kSparsityJson = {{"policy", "twilight"},
+                            {"mean_kept_tokens_per_head", 24.5},
+                            {"mean_loaded_tokens_per_kv_head", 40.0},
+                            {"mean_loaded_share", 0.25},
+                            {"sparse_steps", 3},
+                            {"bypassed_steps", 1},
+                            {"true_mass", nullptr}};
+
+TEST_CASE("The usage says what sparse attention did, in answers and in streams") {
+  HttpFixture f;
+  RawClient client(f);
+  const auto answer = [&](const SparsityUsage& sparsity) {
+    const RequestHandle handle = f.engine.WaitForRequest();
+    f.engine.Finish(handle);
+    f.engine.End(handle, {.prompt_tokens = 1, .sparsity = sparsity});
+    return f.engine.request(handle);
+  };
+  client.Send(RawClient::Post("/v1/completions", CompletionJson(R"(, "sparsity": "twilight")")));
+  CHECK(answer(kSparsity).sparsity->name == "twilight");
+  CHECK(client.Read().Json()["usage"]["sparsity"] == kSparsityJson);
+
+  client.Send(
+      RawClient::Post("/v1/chat/completions",
+                      ChatJson(R"(, "sparsity": {"sink_tokens": 4, "report_true_mass": true},
+                       "stream": true, "stream_options": {"include_usage": true})")));
+  SparsityUsage custom = kSparsity;
+  custom.policy.clear();
+  custom.true_mass = 0.875;
+  CHECK(answer(custom).sparsity->report_true_mass);
+  const json usage = EventsOf(client.Read().body).back()["usage"]["sparsity"];
+  CHECK(usage["policy"] == "custom");
+  CHECK(usage["true_mass"] == 0.875);
+}
+
+TEST_CASE("The usage of several prompts is weighted by their steps") {
+  HttpFixture f;
+  RawClient client(f);
+  client.Send(
+      RawClient::Post("/v1/completions", R"({"prompt": ["a", "b"], "sparsity": "twilight"})"));
+  SparsityUsage second = kSparsity;
+  second.kept_tokens_per_head = 4.5;
+  second.loaded_share = 0.75;
+  second.sparse_steps = 1;
+  second.bypassed_steps = 0;
+  for (const SparsityUsage& sparsity : {kSparsity, second}) {
+    const RequestHandle handle = f.engine.WaitForRequest();
+    f.engine.Finish(handle);
+    f.engine.End(handle, {.prompt_tokens = 1, .sparsity = sparsity});
+  }
+  const json usage = client.Read().Json()["usage"]["sparsity"];
+  CHECK(usage["mean_kept_tokens_per_head"] == 19.5);
+  CHECK(usage["mean_loaded_share"] == 0.375);
+  CHECK(usage["sparse_steps"] == 4);
+  CHECK(usage["bypassed_steps"] == 1);
+}
+
 TEST_CASE("A completion stream with echo, log-probabilities and two answers") {
   HttpFixture f;
   RawClient client(f);

@@ -53,6 +53,36 @@ TEST_CASE("Routes, methods and headers") {
   CHECK(response.headers.count("access-control-allow-origin") == 0);
 }
 
+TEST_CASE("The list of policies: bodies that a request may send, reasons where one cannot") {
+  HttpFixture f;
+  RawClient client(f);
+  client.Send(RawClient::Get("/v1/sparsity/policies"));
+  const nlohmann::json list = client.Read().Json();
+  CHECK(list["object"] == "list");
+  CHECK(list["default"] == "dense");
+  CHECK(list["data"].size() == f.service->policies().policies().size());
+  CHECK(list["data"][0]["name"] == "dense");
+  CHECK(list["data"][0]["is_default"] == true);
+  for (const auto& policy : list["data"]) {
+    INFO(policy.dump());
+    const bool usable = policy["usable"];
+    CHECK(usable == policy["reason"].is_null());
+    CHECK(usable == (policy["policy"]["selector"]["type"] != "ds"));
+    client.Send(RawClient::Post("/v1/completions",
+                                CompletionJson(", \"sparsity\": " + policy["policy"].dump())));
+    if (!usable) {
+      const RawResponse refused = client.Read();
+      CHECK(refused.status == 400);
+      CHECK(refused.Json()["error"]["param"] == "sparsity.selector.config_path");
+      continue;
+    }
+    const RequestHandle handle = f.engine.WaitForRequest();
+    f.engine.Finish(handle);
+    f.engine.End(handle);
+    CHECK(client.Read().status == 200);
+  }
+}
+
 TEST_CASE("Pipelined requests are answered in order") {
   HttpFixture f;
   RawClient client(f);

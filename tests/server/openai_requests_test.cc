@@ -15,7 +15,8 @@ TEST_CASE("A completion request with every field") {
     "repetition_penalty": 1.1, "frequency_penalty": 0.2, "presence_penalty": -0.2, "seed": -5,
     "stop": ["a", "b"], "stop_token_ids": [1, 2], "logit_bias": {"5": -100, "6": 1.5},
     "include_stop_str_in_output": true, "ignore_eos": true, "skip_special_tokens": false,
-    "logprobs": 4, "prompt_logprobs": 1, "priority": -3, "sparsity": "dense", "stream": true,
+    "logprobs": 4, "prompt_logprobs": 1, "priority": -3, "sparsity": "twilight",
+    "sparsity_decode_prompt_tokens": 5, "stream": true,
     "stream_options": {"include_usage": true}, "user": "u", "metadata": {}, "store": false,
     "service_tier": "auto", "unheard_of": [1]})");
   REQUIRE(request.ok());
@@ -46,8 +47,36 @@ TEST_CASE("A completion request with every field") {
   CHECK(p.num_logprobs == 4);
   CHECK(p.num_prompt_logprobs == 1);
   CHECK(p.priority == -3);
+  CHECK(p.sparsity.policy == "twilight");
+  CHECK(p.num_decoded_prompt_tokens == 5);
   CHECK(request->stream.stream);
   CHECK(request->stream.include_usage);
+}
+
+TEST_CASE("The forms of sparsity") {
+  const auto sparsity = [](const std::string& json) {
+    const auto request = ParseCompletionRequest(R"({"prompt": "x", "sparsity": )" + json + "}");
+    REQUIRE(request.ok());
+    return request->params.sparsity;
+  };
+  CHECK_FALSE(sparsity("null").policy);
+  CHECK(sparsity("\"quest\"").policy == "quest");
+  CHECK(sparsity("\"quest\"").body.is_null());
+  const SparsityRequest changed =
+      sparsity(R"({"policy": "a", "p": 0.5, "token_budget": 64, "report_true_mass": true})");
+  CHECK(changed.policy == "a");
+  CHECK(changed.overrides.p == 0.5);
+  CHECK(changed.overrides.token_budget == 64);
+  CHECK(changed.overrides.report_true_mass == true);
+  CHECK(changed.body.is_null());
+  CHECK_FALSE(sparsity(R"({"p": 0.5})").policy);
+  CHECK(sparsity(R"({"p": 0.5})").overrides.p == 0.5);
+  for (const char* whole : {"{}", R"({"selector": {"type": "none"}})"}) {
+    const SparsityRequest own = sparsity(whole);
+    CHECK(own.body == nlohmann::ordered_json::parse(whole));
+    CHECK_FALSE(own.policy);
+    CHECK(own.overrides.empty());
+  }
 }
 
 TEST_CASE("The four shapes of a prompt") {
@@ -142,10 +171,15 @@ TEST_CASE("Faults of completion requests name their field") {
       {R"("prompt": "x", "response_format": {"type": "json_object"})", "response_format"},
       {R"("prompt": "x", "response_format": "text")", "response_format"},
       {R"("prompt": "x", "guided_regex": "a+")", "guided_regex"},
-      {R"("prompt": "x", "sparsity": "quest")", "sparsity.policy"},
       {R"("prompt": "x", "sparsity": 5)", "sparsity"},
+      {R"("prompt": "x", "sparsity": ["dense"])", "sparsity"},
       {R"("prompt": "x", "sparsity": {"policy": 5})", "sparsity.policy"},
-      {R"("prompt": "x", "sparsity": {"policy": "dense", "p": 0.9})", "sparsity.p"},
+      {R"("prompt": "x", "sparsity": {"p": "0.9"})", "sparsity.p"},
+      {R"("prompt": "x", "sparsity": {"token_budget": 0.5})", "sparsity.token_budget"},
+      {R"("prompt": "x", "sparsity": {"policy": "a", "report_true_mass": 1})",
+       "sparsity.report_true_mass"},
+      {R"("prompt": "x", "sparsity": {"policy": "a", "sink_tokens": 1})", "sparsity.sink_tokens"},
+      {R"("prompt": "x", "sparsity_decode_prompt_tokens": "1")", "sparsity_decode_prompt_tokens"},
       {R"("prompt": "x", "store": true)", "store"},
       {R"("prompt": "x", "chat_template": "{{ messages }}")", "chat_template"},
       {R"("prompt": "x", "use_beam_search": true)", "use_beam_search"},

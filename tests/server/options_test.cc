@@ -69,6 +69,23 @@ TEST_CASE("Faults name the setting and its source") {
   CHECK_THAT(fault({{"idle-timeout", {"nan"}}}, {}, ""), Contains("--idle-timeout"));
 }
 
+TEST_CASE("Sparsity's settings, from flags and from the environment") {
+  ServeOptions options;
+  OptionTable table(&options);
+  CHECK(options.sparsity == "dense");
+  CHECK(options.sparsity_policies == "all");
+  REQUIRE(table
+              .Apply({{"sparsity", {"twilight"}}},
+                     Variables({{"GLOAM_SPARSITY_POLICIES", "twilight,quest_twi"}}),
+                     R"({"sparsity-dir": "policies"})")
+              .ok());
+  CHECK(options.sparsity == "twilight");
+  CHECK(SplitCommas(options.sparsity_policies) ==
+        std::vector<std::string>{"twilight", "quest_twi"});
+  CHECK(options.sparsity_dir == "policies");
+  CHECK_THAT(table.Describe(), Catch::Matchers::Contains("sparsity-policies"));
+}
+
 TEST_CASE("Sizes") {
   CHECK(*ParseBytes("0") == 0);
   CHECK(*ParseBytes("1048576") == 1 << 20);

@@ -1,0 +1,725 @@
+// Logits from mirrors of the keys: integer dot products of the quants with weights w that are
+// rounded to integers as well, so that every instruction set computes the same.
+//
+// A block of quants n[token][c] (quant_rows.h) and weights w[c] about scale * m[c] with integers m:
+//   sum_c w[c] * n[token][c]  ~  scale * sum_c m[c] * (n[token][c] - centre) + centre * sum_c w[c]
+// with the centre in the middle of the quants' range, which halves what the rounding of w can do.
+// For quants per channel w = query * step differs from block to block, and so do its integers; one
+// plane of seven bits and a sign holds them. For quants per token w is the query, rounded once to
+// two planes; the token's scale and minimum come after the sum.
+//
+// Per block and head of 64 channels at 4 bits: 768 bytes (bf16 ranges) read once for all heads,
+// 1,024 multiply-adds a head.
+#include "kernels/cpu/estimate_kernels.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "kernels/cpu/bf16.h"
+#include "kernels/cpu/quant_rows.h"
+#include "kernels/estimate.h"
+#include "kernels/float16.h"
+
+// Scalable vectors cannot be array elements, which the register tiles need.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/estimate_kernels.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+
+#ifndef GLOAM_ESTIMATE_ONCE
+#define GLOAM_ESTIMATE_ONCE
+namespace gloam::cpu {
+
+// Query heads that are computed together: their sums fit the registers.
+constexpr int kTileHeads = 4;
+
+// Blocks are computed in batches: a block is a chain of dependent steps (ranges, scales, weights,
+// products), and the steps of several blocks fill each other's gaps.
+constexpr int kBatchBlocks = 8;
+
+// Candidates ahead whose blocks are fetched: their ids are random, nothing else foresees them.
+constexpr int kPrefetchBlocks = 2 * kBatchBlocks;
+
+// Integer weights of up to kTileHeads heads.
+struct IntegerWeights {
+  alignas(64) int8_t planes[kTileHeads][2][kMaxSidecarHeadDim];  // m, or m / 128 and the rest
+  alignas(16) float scales[kTileHeads];
+  alignas(16) float constants[kTileHeads];
+};
+
+// Walks over the blocks in which some head has a candidate.
+class CandidateBlocks {
+ public:
+  explicit CandidateBlocks(const EstimateCall& call)
+      : masks_(call.masks), num_heads_(call.num_heads), num_blocks_(call.keys->num_blocks) {}
+
+  // The next one, or -1.
+  int64_t Next() {
+    for (; next_ < num_blocks_; ++next_) {
+      for (int head = 0; head < num_heads_; ++head) {
+        if (masks_[head * num_blocks_ + next_] != kNoTokens) return next_++;
+      }
+    }
+    return -1;
+  }
+
+ private:
+  const TokenMask* masks_;
+  const int num_heads_;
+  const int64_t num_blocks_;
+  int64_t next_ = 0;
+};
+
+// To the L2 cache, which has room for more outstanding lines than the L1: random runs of 768 bytes
+// arrived at 14 GB/s instead of 9 (EPYC, Zen 4, one core, 2026-11-23).
+inline void PrefetchRun(const std::byte* data, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + at, 0, 2);
+}
+
+// Calls compute(blocks, count) for batches of candidate blocks, having called prefetch(block) for
+// each some blocks earlier.
+template <typename Prefetch, typename Compute>
+void ForCandidates(const EstimateCall& call, const Prefetch& prefetch, const Compute& compute) {
+  CandidateBlocks blocks(call), ahead(call);
+  const auto prefetch_next = [&] {
+    const int64_t i = ahead.Next();
+    if (i >= 0) prefetch(i);
+  };
+  for (int i = 0; i < kPrefetchBlocks; ++i) prefetch_next();
+  int64_t batch[kBatchBlocks];
+  int count = 0;
+  for (int64_t i = blocks.Next(); i >= 0; i = blocks.Next()) {
+    prefetch_next();
+    batch[count++] = i;
+    if (count == kBatchBlocks) {
+      compute(batch, count);
+      count = 0;
+    }
+  }
+  if (count > 0) compute(batch, count);
+}
+
+inline std::atomic<bool> estimate_vnni_disabled{false};
+
+}  // namespace gloam::cpu
+#endif  // GLOAM_ESTIMATE_ONCE
+
+HWY_BEFORE_NAMESPACE();
+namespace gloam::cpu {
+namespace HWY_NAMESPACE {
+namespace {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Sixteen tokens or channels are kStrips vectors.
+using DF = hn::CappedTag<float, kBlockTokens>;
+using DI = hn::Rebind<int32_t, DF>;
+using DU = hn::Rebind<uint32_t, DF>;
+using VF = hn::Vec<DF>;
+using VI = hn::Vec<DI>;
+using VU = hn::Vec<DU>;
+constexpr DF df;
+constexpr DI di;
+constexpr DU du;
+constexpr int kLanes = static_cast<int>(hn::MaxLanes(df));
+constexpr int kStrips = kBlockTokens / kLanes;
+
+// ---- Dot products of four quants (at most 15) and four signed weights per lane, exact in int32
+// ---
+
+#if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128 || !HWY_ARCH_X86
+
+struct Dot {
+  static VI MulAdd(VI sum, VU quads, const int8_t* weights) {
+    HWY_UNROLL(4)
+    for (int i = 0; i < 4; ++i, quads = hn::ShiftRight<8>(quads)) {
+      const VI quant = hn::BitCast(di, hn::And(quads, hn::Set(du, 0xff)));
+      sum = hn::Add(sum, hn::Mul(quant, hn::Set(di, weights[i])));
+    }
+    return sum;
+  }
+};
+
+#else
+
+#if HWY_TARGET == HWY_AVX3
+inline __m512i MulPairs(__m512i n, __m512i w) { return _mm512_maddubs_epi16(n, w); }
+inline __m512i AddPairs(__m512i p, __m512i f) { return _mm512_madd_epi16(p, f); }
+#elif HWY_TARGET == HWY_AVX2
+inline __m256i MulPairs(__m256i n, __m256i w) { return _mm256_maddubs_epi16(n, w); }
+inline __m256i AddPairs(__m256i p, __m256i f) { return _mm256_madd_epi16(p, f); }
+#elif HWY_TARGET == HWY_SSE2
+// Products of bytes in two halves of int16.
+inline __m128i MulPairs(__m128i n, __m128i w) {
+  const __m128i low = _mm_set1_epi16(0xff);
+  const __m128i even =
+      _mm_mullo_epi16(_mm_and_si128(n, low), _mm_srai_epi16(_mm_slli_epi16(w, 8), 8));
+  const __m128i odd = _mm_mullo_epi16(_mm_srli_epi16(n, 8), _mm_srai_epi16(w, 8));
+  return _mm_add_epi16(even, odd);
+}
+inline __m128i AddPairs(__m128i p, __m128i f) { return _mm_madd_epi16(p, f); }
+#else
+inline __m128i MulPairs(__m128i n, __m128i w) { return _mm_maddubs_epi16(n, w); }
+inline __m128i AddPairs(__m128i p, __m128i f) { return _mm_madd_epi16(p, f); }
+#endif
+
+// A pair of products is at most 2 * 15 * 128: int16 holds it.
+struct Dot {
+  static VI MulAdd(VI sum, VU quads, const int8_t* weights) {
+    int32_t four;
+    std::memcpy(&four, weights, sizeof(four));
+    const VI ones = hn::Set(di, 0x00010001);
+    return hn::Add(sum, VI{AddPairs(MulPairs(quads.raw, hn::Set(di, four).raw), ones.raw)});
+  }
+};
+
+#endif
+
+#if HWY_TARGET == HWY_AVX3
+// As an asm statement because Highway 1.0.3 has no target with AVX512-VNNI but without AVX-VNNI,
+// which the compiler could then use on hosts that lack it.
+struct DotVnni {
+  static VI MulAdd(VI sum, VU quads, const int8_t* weights) {
+    const auto* four = reinterpret_cast<const int32_t*>(weights);
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.raw) : "v"(quads.raw), "m"(*four));
+    return sum;
+  }
+};
+
+bool UseVnni() {
+  static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+  return has_vnni && !estimate_vnni_disabled.load(std::memory_order_relaxed);
+}
+#endif
+
+// ---- Sums over channels ----------------------------------------------------------------------
+
+// out[i] = the fold of the N * kLanes values x[i][*], in an order that does not depend on kLanes:
+// of four neighbours (0, 2) and (1, 3), then the fours in ascending order.
+template <int N, typename Op>
+HWY_INLINE void FoldFour(const Op& op, const VF (&x)[4][N], float* out) {
+  constexpr int kFours = N * kLanes / 4;
+  alignas(64) float fours[kFours][4];
+#if HWY_TARGET == HWY_SCALAR
+  for (int i = 0; i < 4; ++i) {
+    for (int at = 0; at < kFours; ++at) {
+      const VF* v = x[i] + 4 * at;
+      fours[at][i] = hn::GetLane(op(op(v[0], v[2]), op(v[1], v[3])));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    VF total = hn::Set(df, fours[0][i]);
+    for (int at = 1; at < kFours; ++at) total = op(total, hn::Set(df, fours[at][i]));
+    out[i] = hn::GetLane(total);
+  }
+#else
+  const hn::Repartition<uint64_t, DF> d64;
+  HWY_UNROLL(4)
+  for (int s = 0; s < N; ++s) {
+    const auto pair = [&](VF a, VF b) HWY_ATTR {
+      return hn::BitCast(d64, op(hn::InterleaveLower(df, a, b), hn::InterleaveUpper(df, a, b)));
+    };
+    const auto ab = pair(x[0][s], x[1][s]);
+    const auto cd = pair(x[2][s], x[3][s]);
+    const VF abcd = op(hn::BitCast(df, hn::InterleaveLower(d64, ab, cd)),
+                       hn::BitCast(df, hn::InterleaveUpper(d64, ab, cd)));
+    hn::Store(abcd, df, fours[s * kLanes / 4]);
+  }
+  const hn::CappedTag<float, 4> d4;
+  auto total = hn::Load(d4, fours[0]);
+  HWY_UNROLL(4)
+  for (int at = 1; at < kFours; ++at) total = op(total, hn::Load(d4, fours[at]));
+  hn::StoreU(total, d4, out);
+#endif
+}
+
+struct AddOp {
+  template <typename V>
+  V operator()(V a, V b) const {
+    return hn::Add(a, b);
+  }
+};
+struct MaxOp {
+  template <typename V>
+  V operator()(V a, V b) const {
+    return hn::Max(a, b);
+  }
+};
+
+// ---- Weights ---------------------------------------------------------------------------------
+
+// Below this the largest weight of a head counts as this: its inverse stays finite.
+constexpr float kSmallestWeight = 1e-30f;
+
+// Added to a float of at most 2^22 it leaves the nearest integer, ties to even, in the low bits.
+constexpr float kRoundingBias = 0x1.8p23f;
+
+template <int kPlanes>
+constexpr float kLargestInteger = kPlanes == 1 ? 127.0f : 127.0f * 128.0f;
+
+// What is known of some heads' weights after a first pass over the channels.
+struct WeightSums {
+  alignas(16) float largest[kTileHeads];             // of |weight|
+  alignas(64) float mids[kTileHeads][kBlockTokens];  // query * mid, sums by channel modulo 16
+};
+
+inline void StoreWeights(VI weights, int8_t* out) {
+  const hn::Rebind<int8_t, DF> d8;
+  hn::Store(hn::DemoteTo(d8, weights), d8, out);
+}
+
+// First pass: weights are queries[h][c] * steps[c]. No fused multiply-adds here and below: not
+// every target has them.
+template <int kHeads>
+HWY_INLINE void SumWeights(const float* queries, int channels, const float* steps,
+                           const float* mids, WeightSums& out) {
+  VF largest[4][kStrips], sums[kHeads][kStrips];
+  HWY_UNROLL(4)
+  for (int h = 0; h < 4; ++h) {
+    HWY_UNROLL(4)
+    for (int s = 0; s < kStrips; ++s) largest[h][s] = hn::Zero(df);
+  }
+  HWY_UNROLL(4)
+  for (int h = 0; h < kHeads; ++h) {
+    HWY_UNROLL(4)
+    for (int s = 0; s < kStrips; ++s) sums[h][s] = hn::Zero(df);
+  }
+  for (int c = 0; c < channels; c += kBlockTokens) {
+    HWY_UNROLL(4)
+    for (int s = 0; s < kStrips; ++s) {
+      const int at = c + s * kLanes;
+      const VF step = hn::Load(df, steps + at);
+      const VF mid = hn::Load(df, mids + at);
+      HWY_UNROLL(4)
+      for (int h = 0; h < kHeads; ++h) {
+        const VF q = hn::LoadU(df, queries + h * channels + at);
+        largest[h][s] = hn::Max(largest[h][s], hn::Abs(hn::Mul(q, step)));
+        sums[h][s] = hn::Add(sums[h][s], hn::Mul(q, mid));
+      }
+    }
+  }
+  FoldFour(MaxOp(), largest, out.largest);
+  HWY_UNROLL(4)
+  for (int h = 0; h < kHeads; ++h) {
+    HWY_UNROLL(4)
+    for (int s = 0; s < kStrips; ++s) hn::Store(sums[h][s], df, out.mids[h] + s * kLanes);
+  }
+}
+
+// Second pass: the weights as integers, and the constants sum_c queries[h][c] * mids[c] - centre *
+// (what the integers sum to).
+template <int kHeads, int kPlanes>
+HWY_INLINE void RoundWeights(const float* queries, int channels, const float* steps,
+                             const WeightSums& sums, float centre, IntegerWeights& out) {
+  alignas(16) float inverses[kTileHeads];
+  HWY_UNROLL(4)
+  for (int h = 0; h < kTileHeads; ++h) {
+    const float most = std::max(sums.largest[h], kSmallestWeight);
+    out.scales[h] = most * (1.0f / kLargestInteger<kPlanes>);
+    inverses[h] = kLargestInteger<kPlanes> / most;
+  }
+  const VF bias = hn::Set(df, kRoundingBias);
+  VF integers[kHeads][kStrips];
+  HWY_UNROLL(4)
+  for (int h = 0; h < kHeads; ++h) {
+    HWY_UNROLL(4)
+    for (int s = 0; s < kStrips; ++s) integers[h][s] = hn::Zero(df);
+  }
+  for (int c = 0; c < channels; c += kBlockTokens) {
+    HWY_UNROLL(4)
+    for (int s = 0; s < kStrips; ++s) {
+      const int at = c + s * kLanes;
+      const VF step = hn::Load(df, steps + at);
+      HWY_UNROLL(4)
+      for (int h = 0; h < kHeads; ++h) {
+        const VF weight = hn::Mul(hn::LoadU(df, queries + h * channels + at), step);
+        const VF biased = hn::Add(hn::Mul(weight, hn::Set(df, inverses[h])), bias);
+        integers[h][s] = hn::Add(integers[h][s], hn::Sub(biased, bias));
+        const VI integer = hn::Sub(hn::BitCast(di, biased), hn::BitCast(di, bias));
+        if constexpr (kPlanes == 1) {
+          StoreWeights(integer, out.planes[h][0] + at);
+        } else {
+          const VI high = hn::ShiftRight<7>(hn::Add(integer, hn::Set(di, 64)));
+          StoreWeights(high, out.planes[h][0] + at);
+          StoreWeights(hn::Sub(integer, hn::ShiftLeft<7>(high)), out.planes[h][1] + at);
+        }
+      }
+    }
+  }
+  VF constants[4][kStrips];
+  HWY_UNROLL(4)
+  for (int h = 0; h < 4; ++h) {
+    const VF factor = hn::Set(df, centre * out.scales[h]);
+    HWY_UNROLL(4)
+    for (int s = 0; s < kStrips; ++s) {
+      constants[h][s] = hn::Zero(df);
+      if (h < kHeads) {
+        const VF mids = hn::Load(df, sums.mids[h] + s * kLanes);
+        constants[h][s] = hn::Sub(mids, hn::Mul(factor, integers[h][s]));
+      }
+    }
+  }
+  FoldFour(AddOp(), constants, out.constants);
+}
+
+// ---- Products --------------------------------------------------------------------------------
+
+// Steps and middles of a block's channels from its ranges.
+template <typename T>
+void LoadRanges(const std::byte* ranges, int head_dim, int bits, float* steps, float* mids) {
+  const hn::Rebind<T, DF> dt;
+  const auto* min = reinterpret_cast<const T*>(ranges);
+  const VF half = hn::Set(df, 0.5f);
+  const VF factor = hn::Set(df, 2.0f / static_cast<float>((1 << bits) - 1));
+  const auto load = [&](const T* from) HWY_ATTR {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return hn::Mul(hn::LoadU(df, from), half);
+    } else {
+      return hn::Mul(hn::PromoteTo(df, hn::LoadU(dt, from)), half);
+    }
+  };
+  for (int c = 0; c < head_dim; c += kLanes) {
+    const VF low = load(min + c);
+    const VF high = load(min + head_dim + c);
+    hn::Store(hn::Mul(hn::Sub(high, low), factor), df, steps + c);
+    hn::Store(hn::Add(high, low), df, mids + c);
+  }
+}
+
+// What becomes of the sums of kHeads heads.
+struct StoreLogits {
+  const IntegerWeights* weights;
+  float* logits;  // of the first head; heads follow at `stride`
+  int64_t stride;
+
+  void operator()(int h, int strip, VF dot) const {
+    const VF scale = hn::Set(df, weights->scales[h]);
+    const VF constant = hn::Set(df, weights->constants[h]);
+    hn::StoreU(hn::Add(hn::Mul(dot, scale), constant), df, logits + h * stride + strip * kLanes);
+  }
+};
+
+// The same with a scale and, if any, a minimum per token.
+struct StoreTokenLogits {
+  StoreLogits out;
+  const float* token_scales;   // [16]
+  const float* token_minima;   // [16]; zeros when symmetric
+  const float* query_sums;     // [kTileHeads]
+  const float* query_offsets;  // [kTileHeads] taken from the sum before the token's scale
+
+  void operator()(int h, int strip, VF dot) const {
+    const VF constant = hn::Set(df, out.weights->constants[h] - query_offsets[h]);
+    const VF sum = hn::Add(hn::Mul(dot, hn::Set(df, out.weights->scales[h])), constant);
+    const VF scaled = hn::Mul(sum, hn::Load(df, token_scales + strip * kLanes));
+    const VF minimum =
+        hn::Mul(hn::Load(df, token_minima + strip * kLanes), hn::Set(df, query_sums[h]));
+    hn::StoreU(hn::Add(scaled, minimum), df, out.logits + h * out.stride + strip * kLanes);
+  }
+};
+
+// store(h, strip, sum_c m[h][c] * n[token][c]) for the tokens of every strip.
+template <typename DotT, int kBits, int kPlanes, int kHeads, typename Store>
+HWY_INLINE void MultiplyRows(const std::byte* quants, int num_rows, const IntegerWeights& weights,
+                             const Store& store) {
+  // Eight bits are two fields of four, whose sums are put together in the end.
+  constexpr int kFieldBits = std::min(kBits, 4);
+  constexpr int kFields = 8 / kFieldBits;
+  const VU mask = hn::Set(du, ((1u << kFieldBits) - 1) * 0x01010101u);
+  HWY_UNROLL(4)
+  for (int strip = 0; strip < kStrips; ++strip) {
+    const auto* rows = reinterpret_cast<const uint32_t*>(quants) + strip * kLanes;
+    VI sums[kHeads][kPlanes][2];
+    HWY_UNROLL(4)
+    for (int h = 0; h < kHeads; ++h) {
+      HWY_UNROLL(2)
+      for (int p = 0; p < kPlanes; ++p) sums[h][p][0] = sums[h][p][1] = hn::Zero(di);
+    }
+    for (int row = 0; row < num_rows; ++row) {
+      VU fields = hn::Load(du, rows + row * kBlockTokens);
+      HWY_UNROLL(4)
+      for (int f = 0; f < kFields; ++f, fields = hn::ShiftRight<kFieldBits>(fields)) {
+        const VU quads = hn::And(fields, mask);
+        const int channel = row * QuantRowChannels(kBits) + (kBits == 8 ? 0 : 4 * f);
+        HWY_UNROLL(4)
+        for (int h = 0; h < kHeads; ++h) {
+          HWY_UNROLL(2)
+          for (int p = 0; p < kPlanes; ++p) {
+            sums[h][p][f % 2] =
+                DotT::MulAdd(sums[h][p][f % 2], quads, weights.planes[h][p] + channel);
+          }
+        }
+      }
+    }
+    HWY_UNROLL(4)
+    for (int h = 0; h < kHeads; ++h) {
+      VI dot = hn::Zero(di);
+      HWY_UNROLL(2)
+      for (int p = 0; p < kPlanes; ++p) {
+        const VI upper = kBits == 8 ? hn::ShiftLeft<4>(sums[h][p][1]) : sums[h][p][1];
+        dot = hn::Add(hn::ShiftLeft<7>(dot), hn::Add(sums[h][p][0], upper));
+      }
+      store(h, strip, hn::ConvertTo(df, dot));
+    }
+  }
+}
+
+// Calls f(first_head, std::integral_constant<int, heads>) for tiles of up to kTileHeads heads.
+template <typename F>
+void ForHeadTiles(int num_heads, const F& f) {
+  int head = 0;
+  for (; head + kTileHeads <= num_heads; head += kTileHeads) {
+    f(head, std::integral_constant<int, kTileHeads>());
+  }
+  switch (num_heads - head) {
+    case 3:
+      return f(head, std::integral_constant<int, 3>());
+    case 2:
+      return f(head, std::integral_constant<int, 2>());
+    case 1:
+      return f(head, std::integral_constant<int, 1>());
+    default:
+      return;
+  }
+}
+
+constexpr float CentreOf(int bits) { return static_cast<float>((1 << bits) - 1) * 0.5f; }
+
+// ---- Estimators ------------------------------------------------------------------------------
+
+// What a batch of blocks goes through, step by step.
+struct BlockBatch {
+  alignas(64) float steps[kBatchBlocks][kMaxSidecarHeadDim];
+  alignas(64) float mids[kBatchBlocks][kMaxSidecarHeadDim];
+  WeightSums sums[kBatchBlocks];
+  IntegerWeights weights[kBatchBlocks];
+};
+
+template <typename DotT, int kBits, typename T>
+void EstimateBlockQuant(const EstimateCall& call, const Mirror& mirror) {
+  constexpr int kPlanes = kBits == 8 ? 2 : 1;
+  const KeyBlocks& keys = *call.keys;
+  const int channels = call.channels;
+  const int64_t stride = keys.num_blocks * kBlockTokens;
+  const int64_t range_bytes = 2 * channels * int64_t{sizeof(T)};
+  const auto quants_of = [&](int64_t i) {
+    return keys.sidecars.At(SidecarKind::kBlockQuant, keys.block_table[i], keys.kv_head);
+  };
+  const auto prefetch = [&](int64_t i) {
+    PrefetchRun(keys.Ranges(i), range_bytes);
+    PrefetchRun(quants_of(i), int64_t{mirror.num_rows} * kQuantRowBytes);
+  };
+  BlockBatch batch;
+  ForCandidates(call, prefetch, [&](const int64_t* blocks, int count) HWY_ATTR {
+    for (int b = 0; b < count; ++b) {
+      LoadRanges<T>(keys.Ranges(blocks[b]), channels, kBits, batch.steps[b], batch.mids[b]);
+    }
+    ForHeadTiles(call.num_heads, [&](int head, auto heads) HWY_ATTR {
+      const float* queries = call.queries + head * channels;
+      for (int b = 0; b < count; ++b) {
+        SumWeights<heads>(queries, channels, batch.steps[b], batch.mids[b], batch.sums[b]);
+      }
+      for (int b = 0; b < count; ++b) {
+        RoundWeights<heads, kPlanes>(queries, channels, batch.steps[b], batch.sums[b],
+                                     CentreOf(kBits), batch.weights[b]);
+      }
+      for (int b = 0; b < count; ++b) {
+        float* logits = call.logits + head * stride + blocks[b] * kBlockTokens;
+        MultiplyRows<DotT, kBits, kPlanes, heads>(quants_of(blocks[b]), mirror.num_rows,
+                                                  batch.weights[b],
+                                                  StoreLogits{&batch.weights[b], logits, stride});
+      }
+    });
+  });
+}
+
+// Per-token mirrors: the weights are the queries, the same for all blocks.
+template <typename DotT, int kBits>
+void EstimateTokenQuant(const EstimateCall& call, const Mirror& mirror) {
+  constexpr int kPlanes = 2;
+  struct Tile {
+    IntegerWeights weights;
+    float sums[kTileHeads];
+    float offsets[kTileHeads];
+  };
+  const bool symmetric = mirror.kind == SidecarKind::kMaxQuant;
+  const KeyBlocks& keys = *call.keys;
+  const int64_t stride = keys.num_blocks * kBlockTokens;
+  const auto mirror_of = [&](int64_t i) {
+    return keys.sidecars.At(mirror.kind, keys.block_table[i], keys.kv_head);
+  };
+  alignas(64) float ones[kMaxSidecarHeadDim];
+  alignas(64) float centres[kMaxSidecarHeadDim];
+  std::fill_n(ones, call.channels, 1.0f);
+  std::fill_n(centres, call.channels, CentreOf(kBits));
+  Tile tiles[kMaxGroupHeads / kTileHeads];
+  ForHeadTiles(call.num_heads, [&](int head, auto heads) HWY_ATTR {
+    Tile& tile = tiles[head / kTileHeads];
+    const float* queries = call.queries + head * call.channels;
+    WeightSums sums;
+    SumWeights<heads>(queries, call.channels, ones, centres, sums);
+    RoundWeights<heads, kPlanes>(queries, call.channels, ones, sums, CentreOf(kBits), tile.weights);
+    for (int h = 0; h < heads; ++h) {
+      tile.sums[h] = 0;
+      for (int c = 0; c < call.channels; ++c) tile.sums[h] += queries[h * call.channels + c];
+      tile.offsets[h] = symmetric ? tile.sums[h] * static_cast<float>(1 << (kBits - 1)) : 0.0f;
+    }
+  });
+  const auto prefetch = [&](int64_t i) {
+    PrefetchRun(mirror_of(i), kTokenQuantOffset + int64_t{mirror.num_rows} * kQuantRowBytes);
+  };
+  const auto compute = [&](int64_t i) HWY_ATTR {
+    const std::byte* data = mirror_of(i);
+    const hn::Rebind<hwy::float16_t, DF> d16;
+    const auto* halves = reinterpret_cast<const hwy::float16_t*>(data);
+    alignas(64) float scales[kBlockTokens], minima[kBlockTokens];
+    for (int t = 0; t < kBlockTokens; t += kLanes) {
+      hn::Store(hn::PromoteTo(df, hn::Load(d16, halves + t)), df, scales + t);
+      hn::Store(hn::PromoteTo(df, hn::Load(d16, halves + kBlockTokens + t)), df, minima + t);
+    }
+    ForHeadTiles(call.num_heads, [&](int head, auto heads) HWY_ATTR {
+      const Tile& tile = tiles[head / kTileHeads];
+      float* logits = call.logits + head * stride + i * kBlockTokens;
+      const StoreTokenLogits store = {
+          {&tile.weights, logits, stride}, scales, minima, tile.sums, tile.offsets};
+      MultiplyRows<DotT, kBits, kPlanes, heads>(data + kTokenQuantOffset, mirror.num_rows,
+                                                tile.weights, store);
+    });
+  };
+  ForCandidates(call, prefetch, [&](const int64_t* blocks, int count) HWY_ATTR {
+    for (int b = 0; b < count; ++b) compute(blocks[b]);
+  });
+}
+
+// Four tokens of kHeads heads at a time; lanes are channels.
+template <int kHeads, typename T>
+void ExactLogits(const float* queries, const T* keys, int head_dim, float* logits, int64_t stride) {
+  const hn::Rebind<T, DF> dt;
+  constexpr int kVectors = kLanes < 4 ? 4 : 1;  // FoldFour wants at least four values
+  for (int token = 0; token < kBlockTokens; token += 4) {
+    VF sums[kHeads][4][kVectors];
+    HWY_UNROLL(4)
+    for (int h = 0; h < kHeads; ++h) {
+      for (int t = 0; t < 4; ++t) {
+        for (int v = 0; v < kVectors; ++v) sums[h][t][v] = hn::Zero(df);
+      }
+    }
+    for (int c = 0; c < head_dim; c += kLanes * kVectors) {
+      HWY_UNROLL(4)
+      for (int v = 0; v < kVectors; ++v) {
+        const int at = c + v * kLanes;
+        VF key[4];
+        HWY_UNROLL(4)
+        for (int t = 0; t < 4; ++t) {
+          const T* from = keys + (token + t) * head_dim + at;
+          if constexpr (sizeof(T) == sizeof(float)) {
+            key[t] = hn::LoadU(df, from);
+          } else {
+            key[t] = hn::PromoteTo(df, hn::LoadU(dt, from));
+          }
+        }
+        HWY_UNROLL(4)
+        for (int h = 0; h < kHeads; ++h) {
+          const VF q = hn::LoadU(df, queries + h * head_dim + at);
+          HWY_UNROLL(4)
+          for (int t = 0; t < 4; ++t) sums[h][t][v] = hn::MulAdd(q, key[t], sums[h][t][v]);
+        }
+      }
+    }
+    HWY_UNROLL(4)
+    for (int h = 0; h < kHeads; ++h) {
+      FoldFour(AddOp(), sums[h], logits + h * stride + token);
+    }
+  }
+}
+
+template <typename T>
+void EstimateExactly(const EstimateCall& call) {
+  const KeyBlocks& keys = *call.keys;
+  const int64_t stride = keys.num_blocks * kBlockTokens;
+  const auto keys_of = [&](int64_t i) {
+    return keys.kv.Keys<const T>(keys.block_table[i], keys.kv_head);
+  };
+  const auto prefetch = [&](int64_t i) {
+    PrefetchRun(reinterpret_cast<const std::byte*>(keys_of(i)),
+                keys.kv.layout.head_run_elements() * int64_t{sizeof(T)});
+  };
+  ForCandidates(call, prefetch, [&](const int64_t* blocks, int count) HWY_ATTR {
+    ForHeadTiles(call.num_heads, [&](int head, auto heads) HWY_ATTR {
+      for (int b = 0; b < count; ++b) {
+        ExactLogits<heads, T>(call.queries + head * call.channels, keys_of(blocks[b]),
+                              call.channels, call.logits + head * stride + blocks[b] * kBlockTokens,
+                              stride);
+      }
+    });
+  });
+}
+
+// ---- Dispatch --------------------------------------------------------------------------------
+
+template <typename DotT, int kBits>
+void EstimateBits(const EstimateCall& call, const Mirror& mirror) {
+  if (mirror.kind != SidecarKind::kBlockQuant) return EstimateTokenQuant<DotT, kBits>(call, mirror);
+  switch (call.keys->kv.layout.dtype) {
+    case DType::kBF16:
+      return EstimateBlockQuant<DotT, kBits, hwy::bfloat16_t>(call, mirror);
+    case DType::kF16:
+      return EstimateBlockQuant<DotT, kBits, hwy::float16_t>(call, mirror);
+    default:  // kF32: the caller has checked
+      return EstimateBlockQuant<DotT, kBits, float>(call, mirror);
+  }
+}
+
+template <typename DotT>
+void EstimateWith(const EstimateCall& call, const Mirror& mirror) {
+  switch (mirror.bits) {
+    case 2:
+      return EstimateBits<DotT, 2>(call, mirror);
+    case 4:
+      return EstimateBits<DotT, 4>(call, mirror);
+    default:  // 8: the caller has checked
+      return EstimateBits<DotT, 8>(call, mirror);
+  }
+}
+
+void EstimateFromMirrorTarget(const EstimateCall& call, const Mirror& mirror) {
+#if HWY_TARGET == HWY_AVX3
+  if (UseVnni()) return EstimateWith<DotVnni>(call, mirror);
+#endif
+  EstimateWith<Dot>(call, mirror);
+}
+
+void EstimateFromKeysTarget(const EstimateCall& call) {
+  switch (call.keys->kv.layout.dtype) {
+    case DType::kBF16:
+      return EstimateExactly<hwy::bfloat16_t>(call);
+    case DType::kF16:
+      return EstimateExactly<hwy::float16_t>(call);
+    default:  // kF32: the caller has checked
+      return EstimateExactly<float>(call);
+  }
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace gloam::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace gloam::cpu {
+
+HWY_EXPORT(EstimateFromMirrorTarget);
+HWY_EXPORT(EstimateFromKeysTarget);
+
+void EstimateFromMirror(const EstimateCall& call, const Mirror& mirror) {
+  HWY_DYNAMIC_DISPATCH(EstimateFromMirrorTarget)(call, mirror);
+}
+
+void EstimateFromKeys(const EstimateCall& call) {
+  HWY_DYNAMIC_DISPATCH(EstimateFromKeysTarget)(call);
+}
+
+void DisableEstimateVnniForTest(bool disable) { estimate_vnni_disabled.store(disable); }
+
+}  // namespace gloam::cpu
+#endif  // HWY_ONCE

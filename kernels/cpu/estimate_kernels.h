@@ -1,0 +1,35 @@
+// The inner loops of estimators, in the best instruction set of the host (Highway's run-time
+// dispatch): one decode row and KV head, on the calling thread. Arguments are checked by
+// estimate.cc.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/selector.h"
+
+namespace gloam::cpu {
+
+// What a mirror of the keys looks like.
+struct Mirror {
+  SidecarKind kind = SidecarKind::kBlockQuant;
+  int bits = 0;      // 2, 4 or 8
+  int num_rows = 0;  // of quant_rows.h
+};
+
+// Logits of every token of every block in which some head has a candidate.
+struct EstimateCall {
+  const KeyBlocks* keys = nullptr;
+  const float* queries = nullptr;  // [num_heads][channels]
+  int num_heads = 0;
+  int channels = 0;  // a multiple of 16; queries are zero where the mirror has no channel
+  const TokenMask* masks = nullptr;  // [num_heads][num_blocks]
+  float* logits = nullptr;           // [num_heads][16 * num_blocks]
+};
+
+void EstimateFromMirror(const EstimateCall& call, const Mirror& mirror);
+void EstimateFromKeys(const EstimateCall& call);
+
+// Makes the AVX-512 kernels do without VNNI, so that a test on a newer host covers that path.
+void DisableEstimateVnniForTest(bool disable);
+
+}  // namespace gloam::cpu
