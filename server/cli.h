@@ -59,32 +59,6 @@ struct BenchServeOptions {
 };
 int RunBenchServe(const BenchServeOptions& options);
 
-struct BenchAttentionOptions {
-  std::string model;               // to record a profile; not with `replay`
-  std::vector<std::string> texts;  // files
-  std::string replay;              // profile to measure on
-  std::string record;              // file to keep the profile in
-  std::vector<std::string> policies;
-  std::string sparsity_dir;
-  std::vector<int> contexts;
-  std::vector<int> batches;
-  std::vector<int> layers;  // to record; empty: six of them
-  int repeats = 20;
-  int threads = 0;
-  bool json = false;
-};
-int RunBenchAttention(const BenchAttentionOptions& options);
-
-struct CalibrateOptions {
-  std::string model;
-  std::vector<std::string> texts;  // files
-  std::string out;
-  int max_tokens = 16384;
-  int context = 2048;
-  int threads = 0;
-};
-int RunCalibrate(const CalibrateOptions& options);
-
 // Prints "gloam: MESSAGE" and returns kExitFailure.
 int Fail(const Status& status);
 

@@ -137,7 +137,6 @@ class Program {
     AddChat();
     AddComplete();
     AddModelTools();
-    AddCalibrate();
     AddBench();
   }
 
@@ -221,24 +220,6 @@ class Program {
     health_ = std::make_unique<SettingsFlags>(health, std::set<std::string>{"Network"}, "");
   }
 
-  void AddCalibrate() {
-    CLI::App* command =
-        Add("calibrate", "Write the channel file that the selector \"ds\" needs for a model",
-            [this] { return WithQuietLog([this] { return RunCalibrate(calibrate_options_); }); });
-    CalibrateOptions& o = calibrate_options_;
-    command->add_option("MODEL", o.model, "GGUF file, folder, or catalogue name")->required();
-    command->add_option("--text", o.texts, "Files of sample text")->required()->type_name("FILE");
-    command->add_option("--out", o.out, "Channel file to write")->required()->type_name("FILE");
-    command->add_option("--tokens", o.max_tokens, "Tokens of the text to use at most")
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
-    command->add_option("--context", o.context, "Tokens that are read together")
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
-    command->add_option("--threads", o.threads, "Default: one per core")
-        ->check(CLI::NonNegativeNumber);
-  }
-
   void AddBench() {
     CLI::App* bench = app_.add_subcommand("bench", "Measure speed");
     bench->require_subcommand(1);
@@ -269,8 +250,6 @@ class Program {
         ->check(CLI::Range(2, 100000))
         ->capture_default_str();
 
-    AddBenchAttention(*bench);
-
     CLI::App* remote =
         bench->add_subcommand("serve", "Load a running server with streams over HTTP");
     remote->callback([this] { run_ = [this] { return RunBenchServe(bench_serve_options_); }; });
@@ -292,48 +271,6 @@ class Program {
         ->capture_default_str();
   }
 
-  void AddBenchAttention(CLI::App& bench) {
-    CLI::App* command = bench.add_subcommand(
-        "attention", "Decode attention by stage, on queries and keys of a model's run over text");
-    command->callback([this] {
-      run_ = [this] {
-        return WithQuietLog([this] { return RunBenchAttention(bench_attention_options_); });
-      };
-    });
-    BenchAttentionOptions& o = bench_attention_options_;
-    o.policies = {"twilight", "quest_twi", "quest_1024"};
-    o.contexts = {4096, 7680};
-    o.batches = {1};
-    auto* model = command->add_option("MODEL", o.model, "GGUF file, folder, or catalogue name");
-    auto* replay = command->add_option("--replay", o.replay, "Recorded profile to measure on")
-                       ->type_name("FILE")
-                       ->check(CLI::ExistingFile);
-    model->excludes(replay);
-    command->add_option("--text", o.texts, "Files of text to run the model over")
-        ->type_name("FILE");
-    command->add_option("--record", o.record, "Keep the profile in this file")->type_name("FILE");
-    command->add_option("--policies", o.policies, "Policies to measure beside dense")
-        ->delimiter(',')
-        ->capture_default_str();
-    command->add_option("--sparsity-dir", o.sparsity_dir, "Folder of policies")->type_name("DIR");
-    command->add_option("--context", o.contexts, "Contexts in tokens")
-        ->delimiter(',')
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
-    command->add_option("--batch", o.batches, "Sequences that decode together")
-        ->delimiter(',')
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
-    command->add_option("--layers", o.layers, "Layers to record (default: six, spread)")
-        ->delimiter(',');
-    command->add_option("--repeats", o.repeats, "Runs per layer; the median counts")
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
-    command->add_option("--threads", o.threads, "Default: one per core")
-        ->check(CLI::NonNegativeNumber);
-    command->add_flag("--json", o.json, "Print rows as JSON");
-  }
-
   CLI::App app_;
   std::function<int()> run_;
   std::unique_ptr<SettingsFlags> serve_, chat_, complete_, health_, bench_;
@@ -341,8 +278,6 @@ class Program {
   CompleteOptions complete_options_;
   BenchThroughputOptions throughput_options_;
   BenchServeOptions bench_serve_options_;
-  CalibrateOptions calibrate_options_;
-  BenchAttentionOptions bench_attention_options_;
   std::string name_;
   bool list_tensors_ = false;
 };
