@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <memory>
 
+#include "models/attention/policy_json.h"
+
 namespace gloam {
 
 Status CheckSparsity(const Request& request, const KvPlan& plan, int max_prefill_tokens) {
@@ -19,13 +21,15 @@ Status CheckSparsity(const Request& request, const KvPlan& plan, int max_prefill
   }
   if (!policy.compresses()) return OkStatus();
   if (policy.compressor.window_size > max_prefill_tokens) {
-    return InvalidArgument(
-        "compressor.window_size {} is above {}, the prompt tokens that a step is sure to have room "
-        "for (--max-num-batched-tokens less --max-num-seqs)",
-        policy.compressor.window_size, max_prefill_tokens);
+    return PolicyKeyError(
+        "compressor.window_size",
+        fmt::format("must be at most {}, the prompt tokens that a step is sure to have room for "
+                    "(--max-num-batched-tokens less --max-num-seqs), got {}",
+                    max_prefill_tokens, policy.compressor.window_size));
   }
   if (request.sampling.num_prompt_logprobs >= 0) {
-    return InvalidArgument("prompt log-probabilities cannot be had with a prompt compressor");
+    return PolicyKeyError("compressor.type",
+                          "must be \"none\" for a request with prompt log-probabilities");
   }
   return OkStatus();
 }

@@ -105,13 +105,6 @@ Status SetDecodedPromptTokens(const GenerationParams& params, Request* request) 
   return OkStatus();
 }
 
-// A registry's error in the request's words: "sparsity.selector.type must be ...".
-Status SparsityError(const Status& status) {
-  const std::string key = PolicyKeyOf(status);
-  if (key.empty()) return InvalidField("sparsity", "{}", MessageOf(status));
-  return InvalidField("sparsity." + key, "sparsity.{}", MessageOf(status));
-}
-
 }  // namespace
 
 GenerationService::GenerationService(GenerationServiceOptions options, Engine& engine,
@@ -375,6 +368,12 @@ StatusOr<std::string> GenerationService::Detokenize(const DetokenizeRequest& req
     tokens.push_back(static_cast<int32_t>(id));
   }
   return tokenizer_.Decode(tokens, /*skip_special=*/false);
+}
+
+Status SparsityError(const Status& status) {
+  const std::string key = PolicyKeyOf(status);
+  if (key.empty()) return InvalidField("sparsity", "{}", MessageOf(status));
+  return InvalidField("sparsity." + key, "sparsity.{}", MessageOf(status));
 }
 
 }  // namespace gloam

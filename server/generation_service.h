@@ -77,4 +77,8 @@ class GenerationService {
   int64_t max_prompt_bytes_;  // a longer text cannot fit the context, whatever it says
 };
 
+// An error about a policy (PolicyKeyOf) in the request's words, with its param:
+// "sparsity.selector.type must be ...".
+Status SparsityError(const Status& status);
+
 }  // namespace gloam

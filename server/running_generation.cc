@@ -4,6 +4,7 @@
 #include <iterator>
 #include <utility>
 
+#include "models/attention/policy_json.h"
 #include "server/api_error.h"
 
 namespace gloam {
@@ -16,6 +17,7 @@ Status SubmitError(Status status) {
   if (status.code() == StatusCode::kResourceExhausted && ErrorCodeOf(status).empty()) {
     return WithErrorCode(std::move(status), kOverloadedCode);
   }
+  if (!PolicyKeyOf(status).empty()) return SparsityError(status);
   if (status.code() == StatusCode::kInvalidArgument && ErrorCodeOf(status).empty()) {
     return WithErrorCode(std::move(status), kContextLengthCode);
   }

@@ -350,6 +350,14 @@ def test_row_15_policies(server, channel, stubs, policy, key):
     check_grpc_error(create, request, INVALID, f"sparsity.{key}")
 
 
+def test_row_15_compressors(server):
+    snap_kv = {"type": "snap_kv", "window_size": 4096, "max_capacity_prompt": 8000}
+    response = server.post(COMPLETIONS, valid(sparsity={"compressor": snap_kv}))
+    check_error(response, 400, "sparsity.compressor.window_size")  # more than a step holds
+    body = valid(sparsity={"compressor": {"type": "snap_kv"}}, prompt_logprobs=0)
+    check_error(server.post(COMPLETIONS, body), 400, "sparsity.compressor.type")
+
+
 def test_row_15_types_and_chat(server, channel, stubs):
     check_error(server.post(COMPLETIONS, valid(sparsity="magic")), 400, "sparsity.policy")
     check_error(server.post(COMPLETIONS, valid(sparsity=5)), 400, "sparsity")

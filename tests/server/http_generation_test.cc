@@ -5,6 +5,7 @@
 
 #include "catch2/catch.hpp"
 #include "http_fixture.h"
+#include "models/attention/policy_json.h"
 
 namespace gloam {
 namespace {
@@ -204,6 +205,19 @@ TEST_CASE("The usage says what sparse attention did, in answers and in streams")
   const json usage = EventsOf(client.Read().body).back()["usage"]["sparsity"];
   CHECK(usage["policy"] == "custom");
   CHECK(usage["true_mass"] == 0.875);
+}
+
+TEST_CASE("What the engine cannot do of a policy names its key") {
+  HttpFixture f;
+  RawClient client(f);
+  f.engine.Refuse(PolicyKeyError("compressor.window_size", "must be at most 64"));
+  client.Send(RawClient::Post("/v1/completions", CompletionJson()));
+  const RawResponse response = client.Read();
+  CHECK(response.status == 400);
+  const json error = response.Json()["error"];
+  CHECK(error["param"] == "sparsity.compressor.window_size");
+  CHECK(error["message"] == "sparsity.compressor.window_size must be at most 64");
+  CHECK(error["code"].is_null());
 }
 
 TEST_CASE("The usage of several prompts is weighted by their steps") {
