@@ -26,7 +26,7 @@ class PromptTokenizer {
   // those of a model without a chat template.
   [[nodiscard]] virtual StatusOr<std::vector<int32_t>> EncodeChat(const std::string& message) = 0;
 
-  // The text of tokens, special ones left out.
+  // The text of tokens, special ones as the vocabulary writes them.
   [[nodiscard]] virtual StatusOr<std::string> Decode(std::span<const int32_t> tokens) = 0;
 };
 

@@ -51,7 +51,8 @@ Status RunItem(const Task& task, const EvalItem& item, TextGenerator& generator,
   answer(0);
   std::atomic<size_t> next{1};
   std::vector<std::thread> threads;
-  const size_t num_threads = std::min(missing.size() - 1, static_cast<size_t>(concurrency));
+  const size_t num_threads =
+      std::min(missing.size() - 1, static_cast<size_t>(std::max(1, concurrency)));
   for (size_t i = 0; i < num_threads; ++i) {
     threads.emplace_back([&] {
       for (size_t j; (j = next.fetch_add(1)) < missing.size();) answer(j);

@@ -59,6 +59,64 @@ struct BenchServeOptions {
 };
 int RunBenchServe(const BenchServeOptions& options);
 
+// Zeros and empty texts: the default of the benchmark.
+struct EvalOptions {
+  ServeOptions model;                 // model.model: MODEL, or the URL of a server
+  std::string benchmark;              // passkey, ruler, longbench, ppl, kl, code
+  std::string policies = "twilight";  // eval/policy_set.h says what it may hold
+  std::string out = ".";              // results go to OUT/result_BENCHMARK/MODEL/
+  std::string api_key;                // for a URL
+  int concurrency = 4;                // policies of one item at a time
+  // passkey, ruler, code
+  std::vector<int> lengths = {4096};  // tokens
+  int samples = 10;                   // per cell
+  uint64_t seed = 1;
+  bool chat = false;
+  int answer_tokens = 0;
+  std::vector<double> depths = {0, 0.25, 0.5, 0.75, 1};
+  std::vector<std::string> kinds;  // of RULER
+  std::string haystack;            // a text file
+  std::string qa_data;             // a file as SQuAD's
+  std::string data;                // a folder
+  std::string extension = ".py";
+  // longbench
+  std::vector<std::string> datasets;
+  int max_prompt_tokens = 0;
+  int longbench_samples = 0;
+  // ppl, kl
+  std::vector<std::string> texts;  // files
+  int context = 4096;
+  int decoded = 256;
+  int stride = 0;
+  int windows = 0;
+};
+int RunEval(const EvalOptions& options);
+
+struct CalibrateOptions {
+  ServeOptions model;
+  std::vector<std::string> texts;  // files
+  std::string out;                 // file
+  int context = 2048;              // tokens of one piece
+  int tokens = 65536;              // of the texts, at most
+};
+int RunCalibrate(const CalibrateOptions& options);
+
+struct BenchAttentionOptions {
+  std::string model;               // to record a profile; not with `replay`
+  std::vector<std::string> texts;  // files
+  std::string replay;              // profile to measure on
+  std::string record;              // file to keep the profile in
+  std::vector<std::string> policies;
+  std::string sparsity_dir;
+  std::vector<int> contexts;
+  std::vector<int> batches;
+  std::vector<int> layers;  // to record; empty: six of them
+  int repeats = 20;
+  int threads = 0;
+  bool json = false;
+};
+int RunBenchAttention(const BenchAttentionOptions& options);
+
 // Prints "gloam: MESSAGE" and returns kExitFailure.
 int Fail(const Status& status);
 

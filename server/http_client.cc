@@ -62,6 +62,27 @@ struct HttpClient::Impl {
     return request;
   }
 
+  http::request<http::string_body> PostOf(const std::string& path, const std::string& body) const {
+    auto request = Request(http::verb::post, path);
+    request.set(http::field::content_type, "application/json");
+    request.body() = body;
+    request.prepare_payload();
+    return request;
+  }
+
+  // Sends the request and reads the whole answer.
+  StatusOr<std::string> Exchange(const http::request<http::string_body>& request) {
+    boost::system::error_code error;
+    http::write(socket, request, error);
+    http::response_parser<http::string_body> parser;
+    parser.body_limit(boost::none);
+    if (!error) http::read(socket, buffer, parser, error);
+    if (error) return Broken(error);
+    const auto status = static_cast<int>(parser.get().result_int());
+    if (status != 200) return ErrorOf(status, parser.get().body());
+    return std::move(parser.get().body());
+  }
+
   std::string host;
   std::string api_key;
   asio::io_context context;
@@ -95,25 +116,17 @@ StatusOr<std::unique_ptr<HttpClient>> HttpClient::Connect(const std::string& url
 }
 
 StatusOr<std::string> HttpClient::Get(const std::string& path) {
-  boost::system::error_code error;
-  http::write(impl_->socket, impl_->Request(http::verb::get, path), error);
-  http::response<http::string_body> response;
-  if (!error) http::read(impl_->socket, impl_->buffer, response, error);
-  if (error) return Broken(error);
-  if (response.result_int() != 200) {
-    return ErrorOf(static_cast<int>(response.result_int()), response.body());
-  }
-  return response.body();
+  return impl_->Exchange(impl_->Request(http::verb::get, path));
+}
+
+StatusOr<std::string> HttpClient::Post(const std::string& path, const std::string& body) {
+  return impl_->Exchange(impl_->PostOf(path, body));
 }
 
 Status HttpClient::PostForEvents(const std::string& path, const std::string& body,
                                  const std::function<void(std::string_view)>& on_event) {
-  auto request = impl_->Request(http::verb::post, path);
-  request.set(http::field::content_type, "application/json");
-  request.body() = body;
-  request.prepare_payload();
   boost::system::error_code error;
-  http::write(impl_->socket, request, error);
+  http::write(impl_->socket, impl_->PostOf(path, body), error);
   http::response_parser<http::buffer_body> parser;
   parser.body_limit(boost::none);
   if (!error) http::read_header(impl_->socket, impl_->buffer, parser, error);

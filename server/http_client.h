@@ -1,5 +1,5 @@
-// HttpClient: the little of HTTP that `gloam chat URL` and `gloam bench serve` need: plain requests
-// to a server, whole or as a stream of events. Blocking; one thread at a time.
+// HttpClient: the little of HTTP that `gloam chat URL`, `gloam bench serve` and `gloam eval` need:
+// plain requests to a server, whole or as a stream of events. Blocking; one thread at a time.
 #pragma once
 
 #include <functional>
@@ -21,6 +21,9 @@ class HttpClient {
 
   // The body of a 200. Errors: the server's message, or kUnavailable when the connection broke.
   [[nodiscard]] StatusOr<std::string> Get(const std::string& path);
+
+  // Posts JSON; the body of a 200. Errors: as Get.
+  [[nodiscard]] StatusOr<std::string> Post(const std::string& path, const std::string& body);
 
   // Posts JSON and calls `on_event` with the data of every event but "[DONE]".
   [[nodiscard]] Status PostForEvents(const std::string& path, const std::string& body,

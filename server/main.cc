@@ -106,6 +106,7 @@ class SettingsFlags {
 
 const std::set<std::string> kLocalGroups = {"Model", "Compute and memory", "Scheduling",
                                             "Sparsity"};
+const std::set<std::string> kComputeGroups = {"Model", "Compute and memory", "Scheduling"};
 
 // A usage error of the settings, or the subcommand's own exit code.
 int WithSettings(SettingsFlags& flags, const std::function<int(const ServeOptions&)>& run) {
@@ -138,6 +139,7 @@ class Program {
     AddComplete();
     AddModelTools();
     AddBench();
+    AddEval();
   }
 
   int Run(int argc, char** argv) {
@@ -250,6 +252,8 @@ class Program {
         ->check(CLI::Range(2, 100000))
         ->capture_default_str();
 
+    AddBenchAttention(*bench);
+
     CLI::App* remote =
         bench->add_subcommand("serve", "Load a running server with streams over HTTP");
     remote->callback([this] { run_ = [this] { return RunBenchServe(bench_serve_options_); }; });
@@ -271,13 +275,181 @@ class Program {
         ->capture_default_str();
   }
 
+  void AddEval() {
+    CLI::App* eval = app_.add_subcommand("eval", "Measure what sparsity policies cost in quality");
+    eval->require_subcommand(1);
+    AddPasskey(AddBenchmark(eval, "passkey", "Find a number in a long text, by length and depth"));
+    AddRuler(AddBenchmark(eval, "ruler", "RULER's kinds of task, made up at any length"));
+    AddLongBench(AddBenchmark(eval, "longbench", "LongBench, from its published files"));
+    AddCode(AddBenchmark(eval, "code", "The next line of a source file, given its repository"));
+    AddForced(AddBenchmark(eval, "ppl", "Perplexity of long texts"));
+    AddForced(AddBenchmark(eval, "kl", "Divergence from dense of the next-token distribution"));
+
+    CLI::App* calibrate = Add("calibrate", "Find the channels that a ds selector looks at", [this] {
+      return WithSettings(*calibrate_, [this](const ServeOptions& options) {
+        calibrate_options_.model = options;
+        return WithQuietLog([this] { return RunCalibrate(calibrate_options_); });
+      });
+    });
+    calibrate_ = std::make_unique<SettingsFlags>(calibrate, kComputeGroups,
+                                                 "GGUF file, folder, or catalogue name");
+    CalibrateOptions& o = calibrate_options_;
+    calibrate->add_option("--text", o.texts, "Plain text files")->required();
+    calibrate->add_option("--out", o.out, "File to write")->type_name("FILE")->required();
+    AddCount(calibrate, "--context", &o.context, "Tokens of one piece of text");
+    AddCount(calibrate, "--tokens", &o.tokens, "Tokens of the texts at most; 0: all");
+  }
+
+  // A subcommand of eval, with the flags that all have.
+  CLI::App* AddBenchmark(CLI::App* eval, const std::string& name, const char* help) {
+    CLI::App* command = eval->add_subcommand(name, help);
+    command->callback([this, name] {
+      run_ = [this, name] {
+        return WithSettings(*eval_[name], [this, name](const ServeOptions& options) {
+          eval_options_.model = options;
+          eval_options_.benchmark = name;
+          return WithQuietLog([this] { return RunEval(eval_options_); });
+        });
+      };
+    });
+    const bool needs_logits = name == "ppl" || name == "kl";
+    eval_[name] = std::make_unique<SettingsFlags>(
+        command, kComputeGroups,
+        needs_logits ? "GGUF file, folder, or catalogue name"
+                     : "GGUF file, folder, catalogue name, or http://HOST:PORT");
+    EvalOptions& o = eval_options_;
+    command
+        ->add_option("--policies", o.policies,
+                     "Names, NAME:p=0.9:token_budget=N, FILE.json or LABEL={...}, with commas "
+                     "between; dense and the controls come by themselves")
+        ->capture_default_str();
+    command->add_option("--out", o.out, "Folder of result_BENCHMARK/MODEL/")
+        ->type_name("DIR")
+        ->capture_default_str();
+    if (needs_logits) return command;
+    command->add_option("--api-key", o.api_key, "Key of the server")->type_name("KEY");
+    command->add_option("--concurrency", o.concurrency, "Policies of one item at a time")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    return command;
+  }
+
+  static void AddCount(CLI::App* command, const char* flag, int* value, const char* help) {
+    command->add_option(flag, *value, help)->check(CLI::NonNegativeNumber)->capture_default_str();
+  }
+
+  void AddLengths(CLI::App* command) {
+    EvalOptions& o = eval_options_;
+    command->add_option("--lengths", o.lengths, "Tokens of prompt and answer together")
+        ->delimiter(',')
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    command->add_option("--samples", o.samples, "Items of each cell")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    command->add_option("--seed", o.seed, "Of what is drawn")->capture_default_str();
+    AddCount(command, "--answer-tokens", &o.answer_tokens, "0: the benchmark's own");
+  }
+
+  void AddPasskey(CLI::App* command) {
+    AddLengths(command);
+    command->add_flag("--chat", eval_options_.chat, "Use the model's chat template");
+    command->add_option("--depths", eval_options_.depths, "0: beginning of the text, 1: its end")
+        ->delimiter(',')
+        ->check(CLI::Range(0.0, 1.0))
+        ->capture_default_str();
+  }
+
+  void AddRuler(CLI::App* command) {
+    EvalOptions& o = eval_options_;
+    AddLengths(command);
+    command->add_flag("--chat", o.chat, "Use the model's chat template");
+    command->add_option("--kinds", o.kinds, "niah_single_1, ..., vt, cwe, fwe, qa; default: all")
+        ->delimiter(',');
+    command->add_option("--haystack", o.haystack, "Text that hides the needles")->type_name("FILE");
+    command->add_option("--qa-data", o.qa_data, "Questions in SQuAD's format")->type_name("FILE");
+  }
+
+  void AddLongBench(CLI::App* command) {
+    EvalOptions& o = eval_options_;
+    command->add_flag("--chat", o.chat, "Use the chat template where LongBench does");
+    command->add_option("--data", o.data, "Folder of the published files")->type_name("DIR");
+    command->add_option("--datasets", o.datasets, "Default: all in the folder")->delimiter(',');
+    AddCount(command, "--max-prompt-tokens", &o.max_prompt_tokens,
+             "Longer prompts lose their middle; 0: what the model takes");
+    AddCount(command, "--samples", &o.longbench_samples, "First items of each data set; 0: all");
+  }
+
+  void AddCode(CLI::App* command) {
+    AddLengths(command);
+    command->add_option("--data", eval_options_.data, "Folder of source files")->type_name("DIR");
+    command->add_option("--extension", eval_options_.extension, "Of the source files")
+        ->capture_default_str();
+  }
+
+  void AddForced(CLI::App* command) {
+    EvalOptions& o = eval_options_;
+    command->add_option("--text", o.texts, "Long plain text files")->type_name("FILE ...");
+    AddCount(command, "--context", &o.context, "Tokens prefilled densely, a multiple of 16");
+    AddCount(command, "--decoded", &o.decoded, "Tokens after them, under every policy");
+    AddCount(command, "--stride", &o.stride, "Tokens between windows' starts; 0: no overlap");
+    AddCount(command, "--windows", &o.windows, "Of each text at most; 0: all");
+  }
+
+  void AddBenchAttention(CLI::App& bench) {
+    CLI::App* command = bench.add_subcommand(
+        "attention", "Decode attention by stage, on queries and keys of a model's run over text");
+    command->callback([this] {
+      run_ = [this] {
+        return WithQuietLog([this] { return RunBenchAttention(bench_attention_options_); });
+      };
+    });
+    BenchAttentionOptions& o = bench_attention_options_;
+    o.policies = {"twilight", "quest_twi", "quest_1024"};
+    o.contexts = {4096, 7680};
+    o.batches = {1};
+    auto* model = command->add_option("MODEL", o.model, "GGUF file, folder, or catalogue name");
+    auto* replay = command->add_option("--replay", o.replay, "Recorded profile to measure on")
+                       ->type_name("FILE")
+                       ->check(CLI::ExistingFile);
+    model->excludes(replay);
+    command->add_option("--text", o.texts, "Files of text to run the model over")
+        ->type_name("FILE");
+    command->add_option("--record", o.record, "Keep the profile in this file")->type_name("FILE");
+    command->add_option("--policies", o.policies, "Policies to measure beside dense")
+        ->delimiter(',')
+        ->capture_default_str();
+    command->add_option("--sparsity-dir", o.sparsity_dir, "Folder of policies")->type_name("DIR");
+    command->add_option("--context", o.contexts, "Contexts in tokens")
+        ->delimiter(',')
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    command->add_option("--batch", o.batches, "Sequences that decode together")
+        ->delimiter(',')
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    command->add_option("--layers", o.layers, "Layers to record (default: six, spread)")
+        ->delimiter(',');
+    command->add_option("--repeats", o.repeats, "Runs per layer; the median counts")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    command->add_option("--threads", o.threads, "Default: one per core")
+        ->check(CLI::NonNegativeNumber);
+    command->add_flag("--json", o.json, "Print rows as JSON");
+  }
+
   CLI::App app_;
   std::function<int()> run_;
+  std::map<std::string, std::unique_ptr<SettingsFlags>> eval_;  // by benchmark
+  std::unique_ptr<SettingsFlags> calibrate_;
+  EvalOptions eval_options_;
+  CalibrateOptions calibrate_options_;
   std::unique_ptr<SettingsFlags> serve_, chat_, complete_, health_, bench_;
   ChatOptions chat_options_;
   CompleteOptions complete_options_;
   BenchThroughputOptions throughput_options_;
   BenchServeOptions bench_serve_options_;
+  BenchAttentionOptions bench_attention_options_;
   std::string name_;
   bool list_tensors_ = false;
 };

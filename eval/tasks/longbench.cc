@@ -288,7 +288,7 @@ class LongBenchTask final : public Task {
     text += question;
 
     GLOAM_ASSIGN_OR_RETURN(const std::vector<int32_t> tokens,
-                           tokenizer_.Encode(text, /*add_special=*/true));
+                           tokenizer_.Encode(text, /*add_special=*/false));
     if (static_cast<int>(tokens.size()) > options_.max_prompt_tokens) {
       const auto half = static_cast<size_t>(options_.max_prompt_tokens / 2);
       const std::span<const int32_t> all(tokens);
