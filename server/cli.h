@@ -41,8 +41,10 @@ int RunHealth(const ServeOptions& options);
 
 struct BenchThroughputOptions {
   ServeOptions model;
-  std::vector<int> context_tokens;  // prompt lengths
-  std::vector<int> concurrency;     // streams at a time
+  std::vector<int> context_tokens;    // prompt lengths
+  std::vector<int> concurrency;       // streams at a time
+  std::vector<std::string> policies;  // of sparsity, in turn over the same prompts
+  std::vector<std::string> texts;     // files to take prompts from; none: random tokens
   int output_tokens = 64;
   bool json = false;  // rows as one JSON array instead of a table
 };

@@ -12,6 +12,7 @@
 #include "server/cli.h"
 #include "server/http_client.h"
 #include "server/local_model.h"
+#include "server/text_files.h"
 
 namespace gloam {
 namespace {
@@ -38,24 +39,41 @@ using StreamTimes = std::vector<Clock::time_point>;  // of each token
 struct ThroughputRow {
   int context = 0;
   int streams = 0;
-  double prefill_tokens_per_second = 0;  // until the last stream has its first token
-  double decode_tokens_per_second = 0;   // of all streams, from then on
-  double first_token_ms = 0;             // of the first stream
+  std::string policy;
+  // Until the last stream has its first token; 0 where the prompts were in the prefix cache.
+  double prefill_tokens_per_second = 0;
+  double decode_tokens_per_second = 0;  // of all streams, from then on
+  double first_token_ms = 0;            // of the first stream
 };
 
-// Streams of one length at a time, each with a prompt of its own; the timings of all of them.
-StatusOr<std::vector<StreamTimes>> RunStreams(LocalModel& model, int context, int concurrency,
-                                              int output_tokens, std::mt19937* random) {
+using Prompts = std::vector<std::vector<int64_t>>;
+
+// One prompt of `context` tokens per stream, each with a beginning of its own: of random tokens, or
+// consecutive pieces of `text`, from its start again after its end.
+Prompts MakePrompts(LocalModel& model, std::span<const int32_t> text, int context, int concurrency,
+                    std::mt19937* random) {
+  const int vocab_size = model.service().tokenizer().vocab_size();
+  std::uniform_int_distribution<int64_t> token(0, vocab_size - 1);
+  Prompts prompts(concurrency, std::vector<int64_t>(context));
+  size_t at = text.empty() ? 0 : (*random)() % text.size();
+  for (std::vector<int64_t>& prompt : prompts) {
+    for (int64_t& id : prompt) id = text.empty() ? token(*random) : text[at++ % text.size()];
+  }
+  return prompts;
+}
+
+// Streams of one length at a time; the timings of all of them.
+StatusOr<std::vector<StreamTimes>> RunStreams(LocalModel& model, const Prompts& prompts,
+                                              const std::string& policy, int output_tokens) {
+  const auto concurrency = static_cast<int>(prompts.size());
   std::vector<PreparedGeneration> prepared;
-  std::uniform_int_distribution<int64_t> token(0, model.service().tokenizer().vocab_size() - 1);
-  for (int i = 0; i < concurrency; ++i) {
+  for (const std::vector<int64_t>& prompt : prompts) {
     CompletionRequest request;
-    std::vector<int64_t> prompt(context);
-    std::generate(prompt.begin(), prompt.end(), [&] { return token(*random); });
-    request.prompts.emplace_back(std::move(prompt));
+    request.prompts.emplace_back(prompt);
     request.params.temperature = 0;
     request.params.max_tokens = output_tokens;
     request.params.ignore_eos = true;
+    request.params.sparsity.policy = policy;
     GLOAM_ASSIGN_OR_RETURN(prepared.emplace_back(), model.service().Prepare(request));
   }
   std::vector<StreamTimes> times(concurrency);
@@ -74,11 +92,12 @@ StatusOr<std::vector<StreamTimes>> RunStreams(LocalModel& model, int context, in
   return times;
 }
 
-StatusOr<ThroughputRow> MeasureRow(LocalModel& model, int context, int concurrency,
-                                   int output_tokens, std::mt19937* random) {
+StatusOr<ThroughputRow> MeasureRow(LocalModel& model, const Prompts& prompts,
+                                   const std::string& policy, int output_tokens) {
+  const auto concurrency = static_cast<int>(prompts.size());
+  const auto context = static_cast<int>(prompts.front().size());
   const auto start = Clock::now();
-  GLOAM_ASSIGN_OR_RETURN(const auto times,
-                         RunStreams(model, context, concurrency, output_tokens, random));
+  GLOAM_ASSIGN_OR_RETURN(const auto times, RunStreams(model, prompts, policy, output_tokens));
   Clock::time_point first = Clock::time_point::max(), all_first = start, last = start;
   for (const StreamTimes& stream : times) {
     first = std::min(first, stream.front());
@@ -93,6 +112,7 @@ StatusOr<ThroughputRow> MeasureRow(LocalModel& model, int context, int concurren
   return ThroughputRow{
       .context = context,
       .streams = concurrency,
+      .policy = policy,
       .prefill_tokens_per_second = double(context) * concurrency / seconds(all_first - start),
       .decode_tokens_per_second =
           num_decoded == 0 ? 0 : static_cast<double>(num_decoded) / seconds(last - all_first),
@@ -167,38 +187,54 @@ void ShowPercentiles(const char* name, const std::vector<double>& values) {
 
 }  // namespace
 
-int RunBenchThroughput(const BenchThroughputOptions& options) {
-  auto model = LocalModel::Load(options.model);
-  if (!model.ok()) return Fail(model.status());
+namespace {
+
+Status BenchThroughput(const BenchThroughputOptions& options) {
+  GLOAM_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> model, LocalModel::Load(options.model));
+  GLOAM_ASSIGN_OR_RETURN(const std::vector<int32_t> text,
+                         TokenizeFiles(options.texts, model->service().tokenizer(), 1 << 20));
+  if (text.empty() && !options.texts.empty()) return InvalidArgument("--text: no text in it");
   if (!options.json) {
-    fmt::print("{}\n{:>9} {:>9} {:>14} {:>13} {:>10}\n", (*model)->Describe(), "context", "streams",
-               "prefill tok/s", "decode tok/s", "TTFT ms");
+    fmt::print("{}\n{:>9} {:>9} {:<20} {:>14} {:>13} {:>10}\n", model->Describe(), "context",
+               "streams", "policy", "prefill tok/s", "decode tok/s", "TTFT ms");
   }
   std::mt19937 random(1);  // fixed prompts, different from row to row
   // The first pass over the cache's and the activations' memory is the system's cost, not ours.
-  const auto warm_up =
-      MeasureRow(**model, options.context_tokens.front(), 1, options.output_tokens, &random);
-  if (!warm_up.ok()) return Fail(warm_up.status());
+  const Prompts warm_up = MakePrompts(*model, text, options.context_tokens.front(), 1, &random);
+  GLOAM_RETURN_IF_ERROR(
+      MeasureRow(*model, warm_up, options.policies.front(), options.output_tokens).status());
   json rows = json::array();
   for (const int context : options.context_tokens) {
     for (const int concurrency : options.concurrency) {
-      const auto row = MeasureRow(**model, context, concurrency, options.output_tokens, &random);
-      if (!row.ok()) return Fail(row.status());
-      if (options.json) {
-        rows.push_back({{"context", row->context},
-                        {"streams", row->streams},
-                        {"prefill_tokens_per_second", row->prefill_tokens_per_second},
-                        {"decode_tokens_per_second", row->decode_tokens_per_second},
-                        {"first_token_ms", row->first_token_ms}});
-      } else {
-        fmt::print("{:>9} {:>9} {:>14.0f} {:>13.1f} {:>10.1f}\n", row->context, row->streams,
-                   row->prefill_tokens_per_second, row->decode_tokens_per_second,
-                   row->first_token_ms);
+      const Prompts prompts = MakePrompts(*model, text, context, concurrency, &random);
+      for (const std::string& policy : options.policies) {
+        GLOAM_ASSIGN_OR_RETURN(ThroughputRow row,
+                               MeasureRow(*model, prompts, policy, options.output_tokens));
+        if (&policy != &options.policies.front()) row.prefill_tokens_per_second = 0;
+        if (options.json) {
+          rows.push_back({{"context", row.context},
+                          {"streams", row.streams},
+                          {"policy", row.policy},
+                          {"prefill_tokens_per_second", row.prefill_tokens_per_second},
+                          {"decode_tokens_per_second", row.decode_tokens_per_second},
+                          {"first_token_ms", row.first_token_ms}});
+        } else {
+          fmt::print("{:>9} {:>9} {:<20} {:>14.0f} {:>13.1f} {:>10.1f}\n", row.context, row.streams,
+                     row.policy, row.prefill_tokens_per_second, row.decode_tokens_per_second,
+                     row.first_token_ms);
+        }
       }
     }
   }
   if (options.json) fmt::print("{}\n", rows.dump(1));
-  return 0;
+  return OkStatus();
+}
+
+}  // namespace
+
+int RunBenchThroughput(const BenchThroughputOptions& options) {
+  const Status status = BenchThroughput(options);
+  return status.ok() ? 0 : Fail(status);
 }
 
 int RunBenchServe(const BenchServeOptions& options) {

@@ -247,6 +247,16 @@ class Program {
         ->delimiter(',')
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
+    throughput_options_.policies = {"dense"};
+    local
+        ->add_option("--policies", throughput_options_.policies,
+                     "Sparsity policies to measure in turn over the same prompts")
+        ->delimiter(',')
+        ->capture_default_str();
+    local
+        ->add_option("--text", throughput_options_.texts,
+                     "Files to take prompts from (default: random tokens, whose attention is flat)")
+        ->type_name("FILE");
     local->add_flag("--json", throughput_options_.json, "Print one JSON array of rows");
     local->add_option("--output-tokens", throughput_options_.output_tokens, "Tokens per answer")
         ->check(CLI::Range(2, 100000))
