@@ -288,7 +288,7 @@ ROW_15_CHANGES = [
     ({"policy": "quest_twi", "p": 1.5}, "p"),
     ({"policy": "quest_8192", "p": 0.5}, "p"),
     ({"policy": "quest_twi", "token_budget": 0}, "token_budget"),
-    ({"policy": "twilight", "token_budget": 64}, "token_budget"),
+    ({"policy": "dense", "token_budget": 64}, "token_budget"),
     ({"policy": "dense", "report_true_mass": True}, "report_true_mass"),
 ]
 

@@ -48,16 +48,22 @@ def test_named_policies_read_less(server, policy):
     usage = answer["usage"]["sparsity"]
     assert usage["policy"] == (policy if isinstance(policy, str) else policy["policy"])
     assert usage["sparse_steps"] in (11, 12)
-    assert 0 < usage["mean_loaded_share"] < 0.75
-    tokens = answer["usage"]["prompt_tokens"]
-    assert 16 <= usage["mean_kept_tokens_per_head"] <= tokens
-    assert 16 <= usage["mean_loaded_tokens_per_kv_head"] <= tokens
+    assert 0 < usage["mean_loaded_share"] < 0.9
+    kept = usage["mean_kept_tokens_per_head"]
+    loaded = usage["mean_loaded_tokens_per_kv_head"]
+    assert 1 <= kept <= loaded <= answer["usage"]["total_tokens"]
+    if policy == "quest_1024":
+        assert kept == pytest.approx(1024, abs=16)
 
 
 def test_true_mass_where_it_is_asked_for(server):
     fields = {"policy": "quest_twi", "report_true_mass": True}
-    high = complete(server, sparsity={**fields, "p": 0.99})["usage"]["sparsity"]
-    low = complete(server, sparsity={**fields, "p": 0.5})["usage"]["sparsity"]
+
+    def usage(p):  # one step in 16 is measured
+        answer = complete(server, sparsity={**fields, "p": p}, max_tokens=32)
+        return answer["usage"]["sparsity"]
+
+    high, low = usage(0.99), usage(0.5)
     assert 0 < low["true_mass"] < high["true_mass"] <= 1
     assert low["mean_loaded_share"] < high["mean_loaded_share"]
 

@@ -335,7 +335,11 @@ TEST_CASE("A policy of a request's own needs what the server keeps") {
 }
 
 TEST_CASE("Overrides change p and the token budget of the policies that have them") {
-  const PolicyRegistry registry = Load({});
+  Folder folder;
+  folder.Write("no_selector.json", Estimator("block_quant", 4).dump());
+  PolicyRegistryOptions options;
+  options.folder = folder.path;
+  const PolicyRegistry registry = Load(options);
   PolicyOverrides overrides;
   overrides.p = 0.5;
   overrides.token_budget = 512;
@@ -359,7 +363,7 @@ TEST_CASE("Overrides change p and the token budget of the policies that have the
   CHECK(key("dense", p) == "p");
   CHECK(key("quest_1024", p) == "p");
   CHECK(key("dense", budget) == "token_budget");
-  CHECK(key("twilight", budget) == "token_budget");
+  CHECK(key("no_selector", budget) == "token_budget");
   CHECK(key("dense", mass) == "report_true_mass");
   for (const double wrong : {0.0, -1.0, 1.5, std::nan("")}) {
     p.p = wrong;
