@@ -3,6 +3,7 @@
 // and are not looked at. One thread at a time.
 #pragma once
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <optional>
@@ -43,7 +44,8 @@ struct ResultRecord {
   std::string answer;
   std::vector<std::string> references;
 
-  int num_steps() const { return decoded_prompt_tokens + answer_tokens; }
+  // Decode steps: the last token of an answer is not fed.
+  int num_steps() const { return decoded_prompt_tokens + std::max(0, answer_tokens - 1); }
 };
 
 // What a file holds under one policy.

@@ -22,9 +22,9 @@ ResultRecord MakeRecord(const Task& task, const EvalItem& item, GeneratedText ge
   record.prompt_tokens = item.prompt.num_tokens();
   record.decoded_prompt_tokens = item.prompt.num_decoded;
   record.answer_tokens = generated.num_tokens;
-  // Steps see the contexts from the first decoded token's to the last's.
+  // Steps see the contexts from the first decoded token's to that of the answer's last but one.
   record.context_tokens =
-      item.prompt.num_tokens() + (generated.num_tokens - item.prompt.num_decoded + 1) / 2.0;
+      item.prompt.num_tokens() + (generated.num_tokens - item.prompt.num_decoded) / 2.0;
   record.sparsity = std::move(generated.sparsity);
   if (record.sparsity && record.sparsity->context_tokens == 0) {
     record.sparsity->context_tokens = record.context_tokens;  // servers do not tell
