@@ -44,6 +44,7 @@ struct TaskShape {
 struct TaskMemory {
   TileWorkspace workspace;
   AttentionPartial part, total;
+  int32_t* block_table = nullptr;    // [blocks + 1] blocks with a candidate, and the open one
   TokenMask* masks = nullptr;        // [heads][blocks] candidates
   TokenMask* kept = nullptr;         // [heads][blocks]
   TokenMask* always_kept = nullptr;  // [blocks]
@@ -71,6 +72,7 @@ struct TaskMemory {
       partial->sum = carver.Take<float>(heads);
       partial->max = carver.Take<float>(heads);
     }
+    block_table = carver.Take<int32_t>(shape.num_blocks + 1);
     masks = carver.Take<TokenMask>(heads * shape.num_blocks);
     kept = carver.Take<TokenMask>(heads * shape.num_blocks);
     always_kept = carver.Take<TokenMask>(shape.num_blocks);
@@ -120,6 +122,8 @@ class HeadTask {
   void SetCandidates();
   void SetAlwaysKept();
   void Select(SelectionMemory& selections, size_t slot);
+  // Leaves the blocks without a candidate out of everything that follows.
+  void DropOtherBlocks();
   void ComputeOpenLogits();
   void Prune();
   void Unite();
@@ -159,11 +163,14 @@ class HeadTask {
   const int head_dim_;
   const int num_heads_;
   const int64_t context_len_;
-  const int64_t num_blocks_;  // full blocks; the open one comes after them
-  const int num_open_;        // its tokens, 1 to 16
-  const int64_t row_bytes_;   // of a key or value
+  const KeyBlocks context_;  // all full blocks
+  const int num_open_;       // tokens of the open block, which comes after them: 1 to 16
+  const int64_t row_bytes_;  // of a key or value
   const int64_t run_bytes_;
+  // What is still in question: all full blocks, then those with a candidate. Tokens are counted
+  // through these blocks, the open one last.
   KeyBlocks keys_;
+  int64_t num_blocks_;  // of keys_
   std::vector<PruneResult>& results_;
   int64_t num_candidates_ = 0;  // over the heads
   int64_t num_kept_ = 0;        // over the heads, before sharing
@@ -181,6 +188,17 @@ int64_t ContextOf(const SparseAttentionParams& params, const SparseRow& row) {
 
 int64_t FullBlocksOf(int64_t context_len) { return (context_len - 1) / kBlockTokens; }
 
+// The full blocks of a row's context, for one KV head.
+KeyBlocks ContextBlocks(const SparseAttentionParams& params, const SparseRow& row, int kv_head) {
+  KeyBlocks keys;
+  keys.kv = params.kv;
+  keys.sidecars = params.sidecars;
+  keys.block_table = params.batch.block_tables + int64_t{row.seq} * params.batch.max_blocks_per_seq;
+  keys.num_blocks = FullBlocksOf(ContextOf(params, row));
+  keys.kv_head = kv_head;
+  return keys;
+}
+
 HeadTask::HeadTask(const SparseAttentionParams& params, const SparseRow& row, int kv_head,
                    const TaskMemory& memory)
     : params_(params),
@@ -191,18 +209,13 @@ HeadTask::HeadTask(const SparseAttentionParams& params, const SparseRow& row, in
       head_dim_(params.kv.layout.head_dim),
       num_heads_(static_cast<int>(params.q.shape[1]) / params.kv.layout.num_kv_heads),
       context_len_(ContextOf(params, row)),
-      num_blocks_(FullBlocksOf(context_len_)),
-      num_open_(static_cast<int>(context_len_ - num_blocks_ * kBlockTokens)),
+      context_(ContextBlocks(params, row, kv_head)),
+      num_open_(static_cast<int>(context_len_ - context_.num_blocks * kBlockTokens)),
       row_bytes_(head_dim_ * static_cast<int64_t>(DTypeBytes(params.kv.layout.dtype))),
       run_bytes_(row_bytes_ * kBlockTokens),
-      results_(ThreadResults(num_heads_)) {
-  keys_.kv = params.kv;
-  keys_.sidecars = params.sidecars;
-  keys_.block_table =
-      params.batch.block_tables + int64_t{row.seq} * params.batch.max_blocks_per_seq;
-  keys_.num_blocks = num_blocks_;
-  keys_.kv_head = kv_head;
-}
+      keys_(context_),
+      num_blocks_(context_.num_blocks),
+      results_(ThreadResults(num_heads_)) {}
 
 SparseHeadStats HeadTask::Run(SelectionMemory& selections, size_t slot) {
   StageClock clock(params_.times);
@@ -210,6 +223,7 @@ SparseHeadStats HeadTask::Run(SelectionMemory& selections, size_t slot) {
   SetCandidates();
   SetAlwaysKept();
   Select(selections, slot);
+  DropOtherBlocks();
   clock.Lap(&SparseStageTimes::select);
   if (NeedsEstimate()) {
     Estimate({.estimator = policy_.estimator,
@@ -296,6 +310,30 @@ void HeadTask::Select(SelectionMemory& selections, size_t slot) {
     }
     num_candidates_ += CountTokens(masks, num_blocks_);
   }
+}
+
+void HeadTask::DropOtherBlocks() {
+  // Means over more than a block go by position.
+  if (policy_.tail != TailType::kNone && policy_.tail_block != kBlockTokens) return;
+  int64_t count = 0;
+  int32_t* table = memory_.block_table;
+  for (int64_t block = 0; block < num_blocks_; ++block) {
+    TokenMask any = kNoTokens;
+    for (int head = 0; head < num_heads_; ++head) any |= MasksOf(memory_.masks, head)[block];
+    table[count] = static_cast<int32_t>(block);
+    count += any != kNoTokens;
+  }
+  if (count == num_blocks_) return;
+  for (int head = 0; head < num_heads_; ++head) {
+    const TokenMask* from = MasksOf(memory_.masks, head);
+    TokenMask* to = memory_.masks + head * count;  // never behind what is still to be read
+    for (int64_t i = 0; i < count; ++i) to[i] = from[table[i]];
+  }
+  for (int64_t i = 0; i < count; ++i) memory_.always_kept[i] = memory_.always_kept[table[i]];
+  for (int64_t i = 0; i < count; ++i) table[i] = context_.block_table[table[i]];
+  table[count] = context_.block_table[num_blocks_];
+  keys_.block_table = table;
+  keys_.num_blocks = num_blocks_ = count;
 }
 
 // Exact logits of the open block, and of nothing else.
@@ -390,8 +428,8 @@ void HeadTask::Attend() {
           static_cast<int32_t>(block * kBlockTokens + std::countr_zero(left));
     }
   }
-  for (int64_t token = num_blocks_ * kBlockTokens; token < context_len_; ++token) {
-    memory_.tokens[num_tokens++] = static_cast<int32_t>(token);
+  for (int i = 0; i < num_open_; ++i) {
+    memory_.tokens[num_tokens++] = static_cast<int32_t>(num_blocks_ * kBlockTokens + i);
   }
 
   constexpr int64_t kAhead = 8;
@@ -475,36 +513,52 @@ SparseHeadStats HeadTask::Stats() {
   return stats;
 }
 
+// Sum of exp(logit - max) over the tokens of `masks`; null: over all.
+double MassOf(const float* logits, const TokenMask* masks, int64_t num_blocks, float max) {
+  double mass = 0;
+  for (int64_t i = 0; i < num_blocks * kBlockTokens; ++i) {
+    if (masks != nullptr && (masks[i / kBlockTokens] >> (i % kBlockTokens) & 1) == 0) continue;
+    mass += std::exp(logits[i] - max);
+  }
+  return mass;
+}
+
 // Share of the full softmax that falls on the attended tokens, mean over the heads.
 float HeadTask::TrueMass() {
-  std::fill_n(memory_.masks, num_heads_ * num_blocks_, kAllTokens);
-  const EstimatorConfig exact = {.type = EstimatorType::kNone};
-  Estimate({.estimator = exact,
-            .keys = keys_,
-            .queries = memory_.workspace.queries,
-            .num_heads = num_heads_,
-            .head_dim = head_dim_,
-            .masks = memory_.masks,
-            .logits = memory_.logits});
+  std::vector<float> max(num_heads_);
+  std::vector<double> all(num_heads_);
+  EstimateParams exact;
+  exact.estimator = {.type = EstimatorType::kNone};
+  exact.keys = context_;
+  exact.queries = memory_.workspace.queries;
+  exact.num_heads = num_heads_;
+  exact.head_dim = head_dim_;
+  exact.logits = memory_.logits;
+  const std::vector<TokenMask> everything(num_heads_ * context_.num_blocks, kAllTokens);
+  exact.masks = everything.data();
+  Estimate(exact);
   ComputeOpenLogits();
+  const int64_t num_tokens = context_.num_blocks * kBlockTokens;
+  for (int head = 0; head < num_heads_; ++head) {
+    const float* logits = memory_.logits + head * num_tokens;
+    const float* open = memory_.open_logits + head * kBlockTokens;
+    max[head] = *std::max_element(open, open + num_open_);
+    for (int64_t i = 0; i < num_tokens; ++i) max[head] = std::max(max[head], logits[i]);
+    all[head] = MassOf(logits, nullptr, context_.num_blocks, max[head]);
+  }
+
+  exact.keys = keys_;
+  exact.masks = memory_.kept;
+  Estimate(exact);
   double share = 0;
   for (int head = 0; head < num_heads_; ++head) {
-    const float* logits = RowOf(memory_.logits, head);
-    const float* open = memory_.open_logits + head * kBlockTokens;
-    float max = *std::max_element(open, open + num_open_);
-    for (int64_t i = 0; i < num_blocks_ * kBlockTokens; ++i) max = std::max(max, logits[i]);
-    double kept = 0;
-    double all = 0;
-    for (int i = 0; i < num_open_; ++i) kept += std::exp(open[i] - max);
-    all = kept;
-    for (int64_t i = 0; i < num_blocks_ * kBlockTokens; ++i) {
-      const double weight = std::exp(logits[i] - max);
-      all += weight;
-      if ((MasksOf(memory_.kept, head)[i / kBlockTokens] >> (i % kBlockTokens) & 1) != 0) {
-        kept += weight;
-      }
+    double open = 0;
+    for (int i = 0; i < num_open_; ++i) {
+      open += std::exp(memory_.open_logits[head * kBlockTokens + i] - max[head]);
     }
-    share += kept / all;
+    const double kept =
+        MassOf(RowOf(memory_.logits, head), MasksOf(memory_.kept, head), num_blocks_, max[head]);
+    share += (kept + open) / (all[head] + open);
   }
   return static_cast<float>(share / num_heads_);
 }
