@@ -1,7 +1,9 @@
 // Times the CPU backend's matrix products on the shapes of SmolLM2-135M (Q4_1, vocabulary Q8_0),
 // beside the rate at which this machine reads memory.
 //
-//   gemm_bench [threads] [type]      threads: 0 (default) uses all; type: Q4_1 (default), Q4_K, ...
+//   gemm_bench [threads] [type] [rows]
+//     threads: 0 (default) uses all; type: Q4_1 (default), Q4_K, ...; rows: up to 512, one count
+//     instead of 1, 8, 32 and 512
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -99,7 +101,7 @@ void PrintRow(const char* name, int64_t m, double seconds, double bytes, double 
              bytes / seconds * 1e-9, operations / seconds * 1e-9);
 }
 
-int Main(int num_threads, WeightType type) {
+int Main(int num_threads, WeightType type, const std::vector<int64_t>& rows) {
   const std::unique_ptr<Ops> ops = MakeCpuOps({.num_threads = num_threads});
   std::mt19937_64 rng(1);
   std::vector<Product> products;
@@ -124,7 +126,7 @@ int Main(int num_threads, WeightType type) {
   std::normal_distribution<float> normal;
   for (float& value : x) value = normal(rng);
   std::vector<float> y(int64_t{512} * 49152);
-  for (int64_t m : {1, 8, 32, 512}) {
+  for (const int64_t m : rows) {
     double layers_bytes = 0;
     double layers_operations = 0;
     for (const Product& product : products) {
@@ -167,9 +169,11 @@ int main(int argc, char** argv) {
   for (int i = 0; i <= static_cast<int>(gloam::WeightType::kQ6_K); ++i) {
     const auto type = static_cast<gloam::WeightType>(i);
     if (gloam::InfoOf(type).name == name) {
-      return gloam::Main(argc > 1 ? std::atoi(argv[1]) : 0, type);
+      std::vector<int64_t> rows = {1, 8, 32, 512};
+      if (argc > 3) rows = {std::clamp<int64_t>(std::atoi(argv[3]), 1, 512)};
+      return gloam::Main(argc > 1 ? std::atoi(argv[1]) : 0, type, rows);
     }
   }
-  fmt::print(stderr, "usage: gemm_bench [threads] [type]; unknown type {}\n", name);
+  fmt::print(stderr, "usage: gemm_bench [threads] [type] [rows]; unknown type {}\n", name);
   return 2;
 }

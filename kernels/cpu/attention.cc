@@ -1,10 +1,10 @@
 // Plan and threads of attention; the arithmetic is in attention_tile.cc.
 //
-// Work is cut into tiles (some consecutive tokens of a sequence, one KV head). A task is a tile,
-// or, where there are too few tiles to keep the threads busy, some partitions of a tile's context;
-// the task that finishes a tile last folds its partials in ascending order. No cut changes a
-// result. Decode reads every visible key and value once; prefill does 4 * rows * context * head_dim
-// FLOPs.
+// Work is cut into tiles: some consecutive tokens of a sequence for one KV head, or for several where
+// a head has few rows. A task is a tile, or, where there are too few tiles to keep the threads busy,
+// some partitions of a tile's context; the task that finishes a tile last folds its partials in
+// ascending order. No cut changes a result. Decode reads every visible key and value once; prefill
+// does 4 * rows * context * head_dim FLOPs.
 #include "kernels/attention.h"
 
 #include <algorithm>
@@ -31,17 +31,19 @@ constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Some consecutive tokens of one sequence, for every KV head.
+// Some consecutive tokens of one sequence and some neighbouring KV heads.
 struct TokenTile {
   int seq = 0;
+  int kv_head = 0;  // the first
+  int num_kv_heads = 0;
   int64_t first_token = 0;  // in the batch
   int num_tokens = 0;
   int64_t first_partition = 0;  // partitions of the context that some token sees
   int64_t num_partitions = 0;
-  int64_t cost = 0;  // of one KV head, in rows * tokens
+  int64_t cost = 0;  // in rows * tokens
 };
 
-// What one task does for one KV head: a tile's whole context, or some partitions of it.
+// What one task does: a tile's whole context, or some partitions of it.
 struct WorkItem {
   TokenTile tile;
   int64_t first_partition = 0;
@@ -52,8 +54,7 @@ struct WorkItem {
 // Where the partials of one tile meet.
 struct SplitTile {
   int64_t num_items = 0;
-  int64_t first_byte = 0;     // of its partials, [num_kv_heads][num_partitions]
-  int64_t first_counter = 0;  // [num_kv_heads] items still to finish
+  int64_t first_byte = 0;  // of its partials, [num_partitions]
 };
 
 // Hands out 64-byte aligned pieces of one allocation; with a null base it only counts.
@@ -115,17 +116,27 @@ class AttentionRun {
   void PlanItems();
   int64_t PartialBytes(int64_t num_rows) const;
 
-  void RunItem(const WorkItem& item, int kv_head, int thread) const;
-  // Asks for the first keys and values that RunItem(item, kv_head) will read.
-  void PrefetchItem(const WorkItem& item, int kv_head) const;
-  AttentionPartial PartialOf(const WorkItem& item, int kv_head, int64_t partition) const;
-  void WriteOutput(const TokenTile& tile, int kv_head, const AttentionPartial& total) const;
+  int64_t RowsOf(const TokenTile& tile) const {
+    return int64_t{tile.num_tokens} * tile.num_kv_heads * heads_per_kv_;
+  }
+  // Where a row of a tile lies in q or out, in elements.
+  int64_t OffsetOf(const TokenTile& tile, int row, const TensorView& x) const;
+  const int32_t* BlockTableOf(const TokenTile& tile) const {
+    return params_.batch.block_tables + int64_t{tile.seq} * params_.batch.max_blocks_per_seq;
+  }
+
+  void RunItem(const WorkItem& item, int thread) const;
+  // Asks for the first keys and values that RunItem(item) will read.
+  void PrefetchItem(const WorkItem& item) const;
+  AttentionPartial PartialOf(const WorkItem& item, int64_t partition) const;
+  void WriteOutput(const TokenTile& tile, const AttentionPartial& total) const;
 
   const AttentionParams& params_;
   const int head_dim_;
   const int num_kv_heads_;
   const int heads_per_kv_;
   const int tokens_per_tile_;
+  int kv_heads_per_tile_;  // for tiles of few rows
   const int64_t window_;
 
   int num_threads_;
@@ -134,14 +145,13 @@ class AttentionRun {
 
   int64_t num_items_ = 0;
   int64_t num_splits_ = 0;
-  int64_t num_counters_ = 0;
   int64_t partial_bytes_ = 0;
   int64_t thread_bytes_ = 0;
 
   // In scratch memory.
   WorkItem* items_ = nullptr;
   SplitTile* splits_ = nullptr;
-  std::atomic<int64_t>* counters_ = nullptr;
+  std::atomic<int64_t>* counters_ = nullptr;  // [num_splits_] items still to finish
   char* partials_ = nullptr;
   char* thread_memory_ = nullptr;
 };
@@ -152,16 +162,22 @@ AttentionRun::AttentionRun(const AttentionParams& params, int num_threads)
       num_kv_heads_(params.kv.layout.num_kv_heads),
       heads_per_kv_(static_cast<int>(params.q.shape[1]) / num_kv_heads_),
       tokens_per_tile_(std::max(1, kTileRows / heads_per_kv_)),
+      kv_heads_per_tile_(num_kv_heads_),
       window_(params.sliding_window > 0 ? params.sliding_window
                                         : std::numeric_limits<int32_t>::max()),
       num_threads_(num_threads) {
   CheckShapes();
   int64_t total_cost = 0;
+  int64_t num_pieces = 0;
   ForEachTile([&](const TokenTile& tile) {
-    total_cost += tile.cost * num_kv_heads_;
-    max_rows_ = std::max<int64_t>(max_rows_, tile.num_tokens * heads_per_kv_);
+    total_cost += tile.cost;
+    num_pieces += tile.num_partitions;
+    max_rows_ = std::max(max_rows_, RowsOf(tile));
   });
   if (total_cost < kMinParallelCost) num_threads_ = 1;
+  if (num_pieces < num_threads_) {
+    kv_heads_per_tile_ = static_cast<int>(CeilDiv(num_kv_heads_, num_threads_));
+  }
   split_cost_ = num_threads_ == 1
                     ? std::numeric_limits<int64_t>::max()
                     : std::max<int64_t>(1, total_cost / (num_threads_ * kTasksPerThread));
@@ -200,8 +216,14 @@ void AttentionRun::ForEachTile(const F& f) const {
       const int64_t seen_end = position + tile.num_tokens;
       tile.first_partition = seen_begin / kPartitionTokens;
       tile.num_partitions = CeilDiv(seen_end, kPartitionTokens) - tile.first_partition;
-      tile.cost = (seen_end - seen_begin) * (kTokenCost + tile.num_tokens * heads_per_kv_);
-      f(tile);
+      const int rows = tile.num_tokens * heads_per_kv_;
+      const int num_kv_heads = std::min(kv_heads_per_tile_, std::max(1, kTileRows / rows));
+      for (int head = 0; head < num_kv_heads_; head += num_kv_heads) {
+        tile.kv_head = head;
+        tile.num_kv_heads = std::min(num_kv_heads, num_kv_heads_ - head);
+        tile.cost = (seen_end - seen_begin) * (kTokenCost + rows) * tile.num_kv_heads;
+        f(tile);
+      }
     }
   }
 }
@@ -213,14 +235,13 @@ int64_t AttentionRun::PartialBytes(int64_t num_rows) const {
 }
 
 void AttentionRun::PlanItems() {
-  num_items_ = num_splits_ = num_counters_ = partial_bytes_ = 0;
+  num_items_ = num_splits_ = partial_bytes_ = 0;
   ForEachTile([&](const TokenTile& tile) {
     WorkItem item;
     item.tile = tile;
     item.first_partition = tile.first_partition;
     item.num_partitions = tile.num_partitions;
-    const int64_t tile_bytes = PartialBytes(int64_t{tile.num_tokens} * heads_per_kv_) *
-                               tile.num_partitions * num_kv_heads_;
+    const int64_t tile_bytes = PartialBytes(RowsOf(tile)) * tile.num_partitions;
     if (tile.cost <= split_cost_ || tile.num_partitions == 1 ||
         partial_bytes_ + tile_bytes > kMaxPartialBytes) {
       if (items_ != nullptr) items_[num_items_] = item;
@@ -236,12 +257,11 @@ void AttentionRun::PlanItems() {
       if (items_ != nullptr) items_[num_items_] = item;
       ++num_items_;
     }
-    if (splits_ != nullptr) splits_[num_splits_] = {num_items, partial_bytes_, num_counters_};
-    ++num_splits_;
-    for (int head = 0; head < num_kv_heads_; ++head) {
-      if (counters_ != nullptr) new (&counters_[num_counters_]) std::atomic<int64_t>(num_items);
-      ++num_counters_;
+    if (splits_ != nullptr) {
+      splits_[num_splits_] = {num_items, partial_bytes_};
+      new (&counters_[num_splits_]) std::atomic<int64_t>(num_items);
     }
+    ++num_splits_;
     partial_bytes_ += tile_bytes;
   });
 }
@@ -256,81 +276,67 @@ void AttentionRun::Execute(ThreadPool& pool, Scratch& scratch) {
     partials_ = carver.Take<char>(partial_bytes_);
     items_ = carver.Take<WorkItem>(num_items_);
     splits_ = carver.Take<SplitTile>(num_splits_);
-    counters_ = carver.Take<std::atomic<int64_t>>(num_counters_);
+    counters_ = carver.Take<std::atomic<int64_t>>(num_splits_);
     return static_cast<size_t>(carver.used_bytes());
   };
   carve(Carver(scratch.Get(carve(Carver(nullptr)))));
   PlanItems();
 
-  const int64_t num_tasks = num_items_ * num_kv_heads_;
-  const auto task = [this, num_tasks](int64_t index, int thread) {
+  const auto task = [this](int64_t index, int thread) {
     // Probably this thread's next one: a short context is over before its first miss is served.
-    const int64_t next = index + num_threads_;
-    if (next < num_tasks) {
-      PrefetchItem(items_[next / num_kv_heads_], static_cast<int>(next % num_kv_heads_));
-    }
-    RunItem(items_[index / num_kv_heads_], static_cast<int>(index % num_kv_heads_), thread);
+    if (index + num_threads_ < num_items_) PrefetchItem(items_[index + num_threads_]);
+    RunItem(items_[index], thread);
   };
   if (num_threads_ > 1) {
-    pool.ParallelFor(num_tasks, task);
+    pool.ParallelFor(num_items_, task);
   } else {
-    for (int64_t i = 0; i < num_tasks; ++i) task(i, 0);
+    for (int64_t i = 0; i < num_items_; ++i) task(i, 0);
   }
 }
 
-AttentionPartial AttentionRun::PartialOf(const WorkItem& item, int kv_head,
-                                         int64_t partition) const {
-  const int64_t num_rows = int64_t{item.tile.num_tokens} * heads_per_kv_;
-  const int64_t index =
-      kv_head * item.tile.num_partitions + (partition - item.tile.first_partition);
+AttentionPartial AttentionRun::PartialOf(const WorkItem& item, int64_t partition) const {
+  const int64_t num_rows = RowsOf(item.tile);
+  const int64_t index = partition - item.tile.first_partition;
   Carver carver(partials_ + splits_[item.split].first_byte + index * PartialBytes(num_rows));
   return carver.TakePartial(num_rows, head_dim_);
 }
 
-void AttentionRun::PrefetchItem(const WorkItem& item, int kv_head) const {
-  const KvLayerView& kv = params_.kv;
-  const int64_t run_bytes =
-      kv.layout.head_run_elements() * static_cast<int64_t>(DTypeBytes(kv.layout.dtype));
-  const int32_t* table =
-      params_.batch.block_tables + int64_t{item.tile.seq} * params_.batch.max_blocks_per_seq;
-  const int64_t last_position =
-      params_.batch.positions[item.tile.first_token + item.tile.num_tokens - 1];
+void AttentionRun::PrefetchItem(const WorkItem& item) const {
+  const int64_t first_position = params_.batch.positions[item.tile.first_token];
   const int64_t first_block =
-      std::max<int64_t>(item.first_partition * kPartitionTokens,
-                        params_.batch.positions[item.tile.first_token] - window_ + 1) /
+      std::max<int64_t>(item.first_partition * kPartitionTokens, first_position - window_ + 1) /
       kBlockTokens;
-  for (int64_t block = first_block;
-       block < first_block + kGroupBlocks && block <= last_position / kBlockTokens; ++block) {
-    const char* keys = static_cast<const char*>(kv.data) + table[block] * kv.layout.block_bytes() +
-                       kv_head * run_bytes;
-    const char* values = keys + kv.layout.num_kv_heads * run_bytes;
-    for (int64_t at = 0; at < run_bytes; at += 64) {
-      __builtin_prefetch(keys + at);
-      __builtin_prefetch(values + at);
-    }
-  }
+  const int64_t end_block = CeilDiv(first_position + item.tile.num_tokens, kBlockTokens);
+  PrefetchBlocks(params_.kv, item.tile.kv_head, item.tile.num_kv_heads,
+                 BlockTableOf(item.tile) + first_block,
+                 std::min<int64_t>(kGroupBlocks, end_block - first_block), 0, 1);
 }
 
-void AttentionRun::RunItem(const WorkItem& item, int kv_head, int thread) const {
+int64_t AttentionRun::OffsetOf(const TokenTile& tile, int row, const TensorView& x) const {
+  const int rows_per_kv_head = tile.num_tokens * heads_per_kv_;
+  const int kv_head = tile.kv_head + row / rows_per_kv_head;
+  const int64_t token = tile.first_token + row % rows_per_kv_head / heads_per_kv_;
+  const int64_t head = int64_t{kv_head} * heads_per_kv_ + row % heads_per_kv_;
+  return token * x.strides[0] + head * x.strides[1];
+}
+
+void AttentionRun::RunItem(const WorkItem& item, int thread) const {
   Carver carver(thread_memory_ + thread * thread_bytes_);
   const ThreadMemory memory(carver, max_rows_, head_dim_);
   const TokenTile& tokens = item.tile;
   AttentionTile tile;
   tile.kv = params_.kv;
-  tile.kv_head = kv_head;
-  tile.block_table =
-      params_.batch.block_tables + int64_t{tokens.seq} * params_.batch.max_blocks_per_seq;
+  tile.kv_head = tokens.kv_head;
+  tile.num_kv_heads = tokens.num_kv_heads;
+  tile.block_table = BlockTableOf(tokens);
   tile.num_tokens = tokens.num_tokens;
   tile.heads_per_kv = heads_per_kv_;
   tile.first_position = params_.batch.positions[tokens.first_token];
   tile.window = window_;
 
-  const TensorView& q = params_.q;
   for (int row = 0; row < tile.num_rows(); ++row) {
-    const int64_t token = tokens.first_token + row / heads_per_kv_;
-    const int64_t head = int64_t{kv_head} * heads_per_kv_ + row % heads_per_kv_;
-    ScaleRow(static_cast<const float*>(q.data) + token * q.strides[0] + head * q.strides[1],
-             params_.scale, head_dim_, memory.workspace.queries + int64_t{row} * head_dim_);
+    ScaleRow(params_.q.Data<const float>() + OffsetOf(tokens, row, params_.q), params_.scale,
+             head_dim_, memory.workspace.queries + int64_t{row} * head_dim_);
   }
 
   const int64_t end = item.first_partition + item.num_partitions;
@@ -340,31 +346,27 @@ void AttentionRun::RunItem(const WorkItem& item, int kv_head, int thread) const 
       AttendPartition(tile, partition, memory.workspace, memory.part);
       FoldPartial(memory.total, memory.part, tile.num_rows(), head_dim_);
     }
-    WriteOutput(tokens, kv_head, memory.total);
+    WriteOutput(tokens, memory.total);
     return;
   }
 
   for (int64_t partition = item.first_partition; partition < end; ++partition) {
-    AttendPartition(tile, partition, memory.workspace, PartialOf(item, kv_head, partition));
+    AttendPartition(tile, partition, memory.workspace, PartialOf(item, partition));
   }
-  std::atomic<int64_t>& unfinished = counters_[splits_[item.split].first_counter + kv_head];
-  if (unfinished.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  if (counters_[item.split].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
   ClearPartial(memory.total, tile.num_rows(), head_dim_);
   for (int64_t i = 0; i < tokens.num_partitions; ++i) {
-    FoldPartial(memory.total, PartialOf(item, kv_head, tokens.first_partition + i), tile.num_rows(),
+    FoldPartial(memory.total, PartialOf(item, tokens.first_partition + i), tile.num_rows(),
                 head_dim_);
   }
-  WriteOutput(tokens, kv_head, memory.total);
+  WriteOutput(tokens, memory.total);
 }
 
-void AttentionRun::WriteOutput(const TokenTile& tile, int kv_head,
-                               const AttentionPartial& total) const {
+void AttentionRun::WriteOutput(const TokenTile& tile, const AttentionPartial& total) const {
   const TensorView& out = params_.out;
-  for (int row = 0; row < tile.num_tokens * heads_per_kv_; ++row) {
-    const int64_t token = tile.first_token + row / heads_per_kv_;
-    const int64_t head = int64_t{kv_head} * heads_per_kv_ + row % heads_per_kv_;
+  for (int row = 0; row < RowsOf(tile); ++row) {
     ScaleRow(total.acc + int64_t{row} * head_dim_, 1.0f / total.sum[row], head_dim_,
-             static_cast<float*>(out.data) + token * out.strides[0] + head * out.strides[1]);
+             out.Data<float>() + OffsetOf(tile, row, out));
   }
 }
 

@@ -12,7 +12,6 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/attention_tile.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
-#include "hwy/cache_control.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
@@ -25,14 +24,17 @@ using DF = hn::CappedTag<float, kBlockTokens>;
 using VF = hn::Vec<DF>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 
-// Register tiles. 32 vector registers hold 4 rows x 2 vectors x 2 sums of Q K^T and 4 rows x 4
-// vectors of P V; with 16 registers half of that.
+// Register tiles. 32 vector registers hold 4 rows x 4 sums of Q K^T, or 3 rows x 8 vectors of it
+// without transposition, and 4 rows x 4 vectors of P V; with 16 registers half of that or less.
 constexpr bool kManyRegisters = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
 constexpr int kScoreRows = kManyRegisters ? 4 : 2;
-constexpr int kScoreVectors = 2;
+constexpr int kScoreVectors = 1;
+constexpr int kBlockScoreRows = kManyRegisters ? 3 : 1;
 constexpr int kValueRows = 4;
 constexpr int kValueVectors = kManyRegisters ? 4 : 2;
 
+// Rows up to which transposing a group's keys costs more than it saves.
+constexpr int kUntransposedRows = 8;
 // Rows from which it pays to convert a group's values to fp32 once instead of once per 4 rows.
 constexpr int kConvertValuesRows = 2 * kValueRows;
 
@@ -127,52 +129,235 @@ void TransposeKeys(const T* block, int head_dim, float* HWY_RESTRICT out) {
 
 #endif  // HWY_TARGET == HWY_SCALAR
 
-// scores[row][token] = q[row] . k[token] for kRows rows and a group's tokens: channels in ascending
-// order, even and odd ones in separate sums.
+// kLanes neighbouring channels of a key or a value.
+inline VF LoadChannels(const float* from) { return hn::Load(DF(), from); }
+template <typename T>
+inline VF LoadChannels(const T* from) {
+  const hn::Rebind<T, DF> d;
+  return hn::PromoteTo(DF(), hn::Load(d, from));
+}
+
+// q . k is the sum of kLanes partial sums: number l takes the channels c with c % kLanes = l, in
+// ascending order. They are added as a tree: (x0 + x2) + (x1 + x3) of every four, and the kLanes /
+// 4 results in neighbouring pairs.
+
+#if HWY_TARGET == HWY_SCALAR
+
+template <int kRows, typename T>
+void ScoreBlockRows(const float* HWY_RESTRICT queries, const T* block, int head_dim,
+                    float* HWY_RESTRICT scores) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int token = 0; token < kBlockTokens; ++token) {
+      const T* key = block + token * head_dim;
+      float sum = queries[r * head_dim] * ToFloat(key[0]);
+      for (int c = 1; c < head_dim; ++c) {
+        sum = hn::GetLane(hn::MulAdd(hn::Set(DF(), queries[r * head_dim + c]),
+                                     hn::Set(DF(), ToFloat(key[c])), hn::Set(DF(), sum)));
+      }
+      scores[r * kGroupTokens + token] = sum;
+    }
+  }
+}
+
+template <int kRows>
+void ScoreRows(const float* HWY_RESTRICT queries, const float* HWY_RESTRICT keys, int head_dim,
+               float* HWY_RESTRICT scores) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int token = 0; token < kGroupTokens; ++token) {
+      float sum = queries[r * head_dim] * keys[token];
+      for (int c = 1; c < head_dim; ++c) {
+        sum = hn::GetLane(hn::MulAdd(hn::Set(DF(), queries[r * head_dim + c]),
+                                     hn::Set(DF(), keys[c * kGroupTokens + token]),
+                                     hn::Set(DF(), sum)));
+      }
+      scores[r * kGroupTokens + token] = sum;
+    }
+  }
+}
+
+#else
+
+// Lane i of each 128-bit block of the result: the tree over that block's lanes of xi.
+inline VF AddTreeOfBlocks(VF x0, VF x1, VF x2, VF x3) {
+  const DF d;
+  const hn::Repartition<uint64_t, DF> d64;
+  const auto halves = [&](VF a, VF b) HWY_ATTR {  // a0 + a2, b0 + b2, a1 + a3, b1 + b3
+    return hn::BitCast(d64, hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b)));
+  };
+  const auto a = halves(x0, x1);
+  const auto b = halves(x2, x3);
+  return hn::Add(hn::BitCast(d, hn::InterleaveLower(d64, a, b)),
+                 hn::BitCast(d, hn::InterleaveUpper(d64, a, b)));
+}
+
+// Blocks of the result: a[0] + a[1], b[0] + b[1], a[2] + a[3], b[2] + b[3].
+inline VF AddBlockPairs(VF a, VF b) {
+  return hn::Add(hn::OddEvenBlocks(b, a), hn::SwapAdjacentBlocks(hn::OddEvenBlocks(a, b)));
+}
+
+// scores[row][token] = q[row] . k[token] for kRows rows and the tokens of one block,
+// [16][head_dim]: lanes are channels.
+template <int kRows, typename T>
+void ScoreBlockRows(const float* HWY_RESTRICT queries, const T* block, int head_dim,
+                    float* HWY_RESTRICT scores) {
+  const DF d;
+  VF quads[kRows][4];  // of four tokens each
+  HWY_UNROLL(4)
+  for (int quad = 0; quad < 4; ++quad) {
+    const T* keys = block + 4 * quad * head_dim;
+    VF sums[kRows][4];
+    HWY_UNROLL(4)
+    for (int t = 0; t < 4; ++t) {
+      const VF key = LoadChannels(keys + t * head_dim);
+      HWY_UNROLL(8)
+      for (int r = 0; r < kRows; ++r) {
+        sums[r][t] = hn::Mul(hn::Load(d, queries + r * head_dim), key);
+      }
+    }
+    for (int c = kLanes; c < head_dim; c += kLanes) {
+      VF q[kRows];
+      HWY_UNROLL(8)
+      for (int r = 0; r < kRows; ++r) q[r] = hn::Load(d, queries + r * head_dim + c);
+      HWY_UNROLL(4)
+      for (int t = 0; t < 4; ++t) {
+        const VF key = LoadChannels(keys + t * head_dim + c);
+        HWY_UNROLL(8)
+        for (int r = 0; r < kRows; ++r) sums[r][t] = hn::MulAdd(q[r], key, sums[r][t]);
+      }
+    }
+    HWY_UNROLL(8)
+    for (int r = 0; r < kRows; ++r) {
+      quads[r][quad] = AddTreeOfBlocks(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+    }
+  }
+  HWY_UNROLL(8)
+  for (int r = 0; r < kRows; ++r) {
+    float* to = scores + r * kGroupTokens;
+    if constexpr (kLanes == 4) {
+      for (int quad = 0; quad < 4; ++quad) hn::Store(quads[r][quad], d, to + 4 * quad);
+    } else {
+      const VF first = AddBlockPairs(quads[r][0], quads[r][1]);
+      const VF second = AddBlockPairs(quads[r][2], quads[r][3]);
+      if constexpr (kLanes == 8) {
+        hn::Store(first, d, to);
+        hn::Store(second, d, to + kLanes);
+      } else {
+        hn::Store(
+            hn::Add(hn::ConcatLowerLower(d, second, first), hn::ConcatUpperUpper(d, second, first)),
+            d, to);
+      }
+    }
+  }
+}
+
+// The same for kRows rows and kVectors vectors of tokens, from transposed keys: lanes are tokens.
+template <int kRows, int kVectors>
+struct ScoreTile {
+  const float* HWY_RESTRICT queries;
+  const float* HWY_RESTRICT keys;
+  int head_dim;
+  using Sums = VF[kRows][kVectors];
+
+  // Partial sum l.
+  HWY_INLINE void Partial(int l, Sums& sums) const {
+    const DF d;
+    HWY_UNROLL(8)
+    for (int v = 0; v < kVectors; ++v) {
+      const VF key = hn::Load(d, keys + l * kGroupTokens + v * kLanes);
+      HWY_UNROLL(8)
+      for (int r = 0; r < kRows; ++r) {
+        sums[r][v] = hn::Mul(hn::Set(d, queries[r * head_dim + l]), key);
+      }
+    }
+    for (int c = l + kLanes; c < head_dim; c += kLanes) {
+      VF key[kVectors];
+      HWY_UNROLL(8)
+      for (int v = 0; v < kVectors; ++v) {
+        key[v] = hn::Load(d, keys + c * kGroupTokens + v * kLanes);
+      }
+      HWY_UNROLL(8)
+      for (int r = 0; r < kRows; ++r) {
+        const VF q = hn::Set(d, queries[r * head_dim + c]);
+        HWY_UNROLL(8)
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = hn::MulAdd(q, key[v], sums[r][v]);
+      }
+    }
+  }
+
+  HWY_INLINE void Add(const Sums& other, Sums& sums) const {
+    HWY_UNROLL(8)
+    for (int r = 0; r < kRows; ++r) {
+      HWY_UNROLL(8)
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = hn::Add(sums[r][v], other[r][v]);
+    }
+  }
+
+  // The tree over partial sums 4 i to 4 i + 3.
+  HWY_INLINE void OfBlock(int i, Sums& sums) const {
+    Sums odd, other;
+    Partial(4 * i, sums);
+    Partial(4 * i + 2, other);
+    Add(other, sums);
+    Partial(4 * i + 1, odd);
+    Partial(4 * i + 3, other);
+    Add(other, odd);
+    Add(odd, sums);
+  }
+
+  // The tree over partial sums 8 i to 8 i + 7.
+  HWY_INLINE void OfBlockPair(int i, Sums& sums) const {
+    Sums other;
+    OfBlock(2 * i, sums);
+    OfBlock(2 * i + 1, other);
+    Add(other, sums);
+  }
+
+  HWY_INLINE void Total(Sums& sums) const {
+    if constexpr (kLanes == 4) {
+      OfBlock(0, sums);
+    } else {
+      OfBlockPair(0, sums);
+      if constexpr (kLanes == 16) {
+        Sums other;
+        OfBlockPair(1, other);
+        Add(other, sums);
+      }
+    }
+  }
+};
+
 template <int kRows>
 void ScoreRows(const float* HWY_RESTRICT queries, const float* HWY_RESTRICT keys, int head_dim,
                float* HWY_RESTRICT scores) {
   const DF d;
-  constexpr int kStep = kScoreVectors * kLanes;
-  for (int token = 0; token < kGroupTokens; token += kStep) {
-    VF even[kRows][kScoreVectors];
-    VF odd[kRows][kScoreVectors];
-    HWY_UNROLL(8)
-    for (int r = 0; r < kRows; ++r) {
-      HWY_UNROLL(8)
-      for (int v = 0; v < kScoreVectors; ++v) even[r][v] = odd[r][v] = hn::Zero(d);
-    }
-    for (int channel = 0; channel < head_dim; channel += 2) {
-      const float* k0 = keys + channel * kGroupTokens + token;
-      VF key[kScoreVectors];
-      HWY_UNROLL(8)
-      for (int v = 0; v < kScoreVectors; ++v) key[v] = hn::Load(d, k0 + v * kLanes);
-      HWY_UNROLL(8)
-      for (int r = 0; r < kRows; ++r) {
-        const VF q = hn::Set(d, queries[r * head_dim + channel]);
-        HWY_UNROLL(8)
-        for (int v = 0; v < kScoreVectors; ++v) even[r][v] = hn::MulAdd(q, key[v], even[r][v]);
-      }
-      HWY_UNROLL(8)
-      for (int v = 0; v < kScoreVectors; ++v) {
-        key[v] = hn::Load(d, k0 + kGroupTokens + v * kLanes);
-      }
-      HWY_UNROLL(8)
-      for (int r = 0; r < kRows; ++r) {
-        const VF q = hn::Set(d, queries[r * head_dim + channel + 1]);
-        HWY_UNROLL(8)
-        for (int v = 0; v < kScoreVectors; ++v) odd[r][v] = hn::MulAdd(q, key[v], odd[r][v]);
-      }
-    }
+  for (int token = 0; token < kGroupTokens; token += kScoreVectors * kLanes) {
+    const ScoreTile<kRows, kScoreVectors> tile = {queries, keys + token, head_dim};
+    typename ScoreTile<kRows, kScoreVectors>::Sums sums;
+    tile.Total(sums);
     HWY_UNROLL(8)
     for (int r = 0; r < kRows; ++r) {
       HWY_UNROLL(8)
       for (int v = 0; v < kScoreVectors; ++v) {
-        hn::Store(hn::Add(even[r][v], odd[r][v]), d,
-                  scores + r * kGroupTokens + token + v * kLanes);
+        hn::Store(sums[r][v], d, scores + r * kGroupTokens + token + v * kLanes);
       }
     }
   }
+}
+
+#endif  // HWY_TARGET == HWY_SCALAR
+
+// Scores of all rows with the tokens of a group's blocks, without transposition.
+template <typename T>
+void ScoreFewRows(const float* queries, const T* block, int num_rows, int head_dim, float* scores) {
+  int row = 0;
+  for (; row + kBlockScoreRows <= num_rows; row += kBlockScoreRows) {
+    ScoreBlockRows<kBlockScoreRows>(queries + row * head_dim, block, head_dim,
+                                    scores + row * kGroupTokens);
+  }
+  queries += row * head_dim;
+  scores += row * kGroupTokens;
+  if (num_rows - row == 2) ScoreBlockRows<2>(queries, block, head_dim, scores);
+  if (num_rows - row == 1) ScoreBlockRows<1>(queries, block, head_dim, scores);
 }
 
 void ScoreAllRows(const float* queries, const float* keys, int num_rows, int head_dim,
@@ -243,13 +428,6 @@ inline void MaskScores(uint32_t seen, float* scores) {
   }
 }
 
-inline VF LoadValues(const float* from) { return hn::Load(DF(), from); }
-template <typename T>
-inline VF LoadValues(const T* from) {
-  const hn::Rebind<T, DF> d;
-  return hn::PromoteTo(DF(), hn::Load(d, from));
-}
-
 // acc[row][c] += sum over tokens, ascending, of probs[row][token] * values[token][c], for kRows
 // rows and kVectors vectors of channels.
 template <int kRows, int kVectors, typename T>
@@ -268,7 +446,7 @@ inline void AddValuesTile(const float* HWY_RESTRICT probs, const T* HWY_RESTRICT
     VF value[kVectors];
     HWY_UNROLL(8)
     for (int v = 0; v < kVectors; ++v) {
-      value[v] = LoadValues(values + token * head_dim + v * kLanes);
+      value[v] = LoadChannels(values + token * head_dim + v * kLanes);
     }
     HWY_UNROLL(8)
     for (int r = 0; r < kRows; ++r) {
@@ -319,10 +497,80 @@ void AddValues(const float* probs, const T* values, int num_tokens, int num_rows
   }
 }
 
-inline void Prefetch(const void* run, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) {
-    hwy::Prefetch(static_cast<const char*>(run) + at);
+// The part of AttendPartition that the rows of KV head `head` of the tile have in one group.
+// `rows_of_head` are that head's.
+template <typename T>
+void AttendGroup(const AttentionTile& tile, int head, int64_t group, int64_t end,
+                 const TileWorkspace& workspace, const AttentionPartial& rows_of_head) {
+  const DF d;
+  const int head_dim = tile.kv.layout.head_dim;
+  const int kv_head = tile.kv_head + head;
+  const int heads = tile.heads_per_kv;
+  const int num_tokens = static_cast<int>(std::min<int64_t>(kGroupTokens, end - group));
+  const int num_blocks = (num_tokens + kBlockTokens - 1) / kBlockTokens;
+  const int32_t* blocks = tile.block_table + group / kBlockTokens;
+  const int first_row_of_head = head * tile.rows_per_kv_head();
+  const float* queries = workspace.queries + int64_t{first_row_of_head} * head_dim;
+  float* lane_sums = workspace.lane_sums + first_row_of_head * kBlockTokens;
+
+  // Tokens of the tile that see some position of the group.
+  const int64_t first_token = std::max<int64_t>(0, group - tile.first_position);
+  const int64_t last_token = std::min<int64_t>(
+      tile.num_tokens - 1, group + kGroupTokens - 2 + tile.window - tile.first_position);
+  if (first_token > last_token) return;
+  const int first_row = static_cast<int>(first_token) * heads;
+  const int rows = static_cast<int>(last_token - first_token + 1) * heads;
+  float* scores = workspace.probs + first_row * kGroupTokens;
+  float* acc = rows_of_head.acc + first_row * head_dim;
+
+  for (int i = 0; i < num_blocks; ++i) {
+    const T* keys = tile.kv.Keys<T>(blocks[i], kv_head);
+    if (rows <= kUntransposedRows) {
+      ScoreFewRows(queries + first_row * head_dim, keys, rows, head_dim, scores + i * kBlockTokens);
+    } else {
+      TransposeKeys(keys, head_dim, workspace.keys + i * kBlockTokens);
+    }
   }
+  if (rows > kUntransposedRows) {
+    ScoreAllRows(queries + first_row * head_dim, workspace.keys, rows, head_dim, scores);
+  }
+
+  if (tile.logits != nullptr) {
+    for (int row = 0; row < rows; ++row) {
+      std::copy_n(tile.logits + row * tile.logits_stride + group, kGroupTokens,
+                  scores + row * kGroupTokens);
+    }
+  }
+  if (tile.row_masks != nullptr) {
+    for (int row = 0; row < rows; ++row) {
+      MaskScores(tile.row_masks[row * tile.row_mask_stride + group / kGroupTokens],
+                 scores + row * kGroupTokens);
+    }
+  }
+  for (int row = first_row; row < first_row + rows; ++row) {
+    const int64_t position = tile.first_position + row / heads;
+    const int64_t first = std::max<int64_t>(0, position - tile.window + 1 - group);
+    const int64_t last = std::min<int64_t>(kGroupTokens - 1, position - group);
+    SoftmaxStep(workspace.probs + row * kGroupTokens, static_cast<int>(first),
+                static_cast<int>(last), head_dim, &rows_of_head.max[row],
+                lane_sums + row * kBlockTokens, rows_of_head.acc + row * head_dim);
+  }
+
+  // Values past the last position that a row sees are not read: they may be anything.
+  const bool convert = sizeof(T) == 2 && rows >= kConvertValuesRows;
+  for (int i = 0; i < num_blocks; ++i) {
+    const T* values = tile.kv.Values<T>(blocks[i], kv_head);
+    const int tokens = std::min(kBlockTokens, num_tokens - i * kBlockTokens);
+    if (convert) {
+      for (int at = 0; at < tokens * head_dim; at += kLanes) {
+        hn::Store(LoadChannels(values + at), d,
+                  workspace.values + i * kBlockTokens * head_dim + at);
+      }
+    } else {
+      AddValues(scores + i * kBlockTokens, values, tokens, rows, head_dim, acc);
+    }
+  }
+  if (convert) AddValues(scores, workspace.values, num_tokens, rows, head_dim, acc);
 }
 
 template <typename T>
@@ -330,76 +578,25 @@ void AttendPartitionOf(const AttentionTile& tile, int64_t partition, const TileW
                        const AttentionPartial& result) {
   const DF d;
   const int head_dim = tile.kv.layout.head_dim;
-  const int heads = tile.heads_per_kv;
   const int num_rows = tile.num_rows();
   ClearPartial(result, num_rows, head_dim);
   std::fill_n(workspace.lane_sums, num_rows * kBlockTokens, 0.0f);
 
   const int64_t begin = std::max(partition * kPartitionTokens, tile.begin());
   const int64_t end = std::min((partition + 1) * kPartitionTokens, tile.end());
-  const int64_t run_bytes = tile.kv.layout.head_run_elements() * int64_t{sizeof(T)};
   for (int64_t group = begin / kGroupTokens * kGroupTokens; group < end; group += kGroupTokens) {
-    const int num_tokens = static_cast<int>(std::min<int64_t>(kGroupTokens, end - group));
-    const int num_blocks = (num_tokens + kBlockTokens - 1) / kBlockTokens;
-    const int32_t* blocks = tile.block_table + group / kBlockTokens;
-    for (int i = 0; i < kGroupBlocks; ++i) {
-      if (group + kGroupTokens + i * kBlockTokens >= end) break;
-      Prefetch(tile.kv.Keys<T>(blocks[kGroupBlocks + i], tile.kv_head), run_bytes);
-      Prefetch(tile.kv.Values<T>(blocks[kGroupBlocks + i], tile.kv_head), run_bytes);
+    // The next group, of the next partition too, comes while this one is computed.
+    const int64_t next = group + kGroupTokens;
+    const int64_t next_tokens =
+        std::clamp<int64_t>(tile.end() - next, 0, static_cast<int64_t>(kGroupTokens));
+    for (int head = 0; head < tile.num_kv_heads; ++head) {
+      PrefetchBlocks(tile.kv, tile.kv_head, tile.num_kv_heads,
+                     tile.block_table + next / kBlockTokens,
+                     (next_tokens + kBlockTokens - 1) / kBlockTokens, head, tile.num_kv_heads);
+      const int64_t first_row = int64_t{head} * tile.rows_per_kv_head();
+      AttendGroup<T>(tile, head, group, end, workspace,
+                     {result.acc + first_row * head_dim, nullptr, result.max + first_row});
     }
-
-    // Tokens of the tile that see some position of the group.
-    const int64_t first_token = std::max<int64_t>(0, group - tile.first_position);
-    const int64_t last_token = std::min<int64_t>(
-        tile.num_tokens - 1, group + kGroupTokens - 2 + tile.window - tile.first_position);
-    if (first_token > last_token) continue;
-    const int first_row = static_cast<int>(first_token) * heads;
-    const int rows = static_cast<int>(last_token - first_token + 1) * heads;
-    float* scores = workspace.probs + first_row * kGroupTokens;
-    float* acc = result.acc + first_row * head_dim;
-
-    for (int i = 0; i < num_blocks; ++i) {
-      TransposeKeys(tile.kv.Keys<T>(blocks[i], tile.kv_head), head_dim,
-                    workspace.keys + i * kBlockTokens);
-    }
-    ScoreAllRows(workspace.queries + first_row * head_dim, workspace.keys, rows, head_dim, scores);
-
-    if (tile.logits != nullptr) {
-      for (int row = 0; row < rows; ++row) {
-        std::copy_n(tile.logits + row * tile.logits_stride + group, kGroupTokens,
-                    scores + row * kGroupTokens);
-      }
-    }
-    if (tile.row_masks != nullptr) {
-      for (int row = 0; row < rows; ++row) {
-        MaskScores(tile.row_masks[row * tile.row_mask_stride + group / kGroupTokens],
-                   scores + row * kGroupTokens);
-      }
-    }
-    for (int row = first_row; row < first_row + rows; ++row) {
-      const int64_t position = tile.first_position + row / heads;
-      const int64_t first = std::max<int64_t>(0, position - tile.window + 1 - group);
-      const int64_t last = std::min<int64_t>(kGroupTokens - 1, position - group);
-      SoftmaxStep(workspace.probs + row * kGroupTokens, static_cast<int>(first),
-                  static_cast<int>(last), head_dim, &result.max[row],
-                  workspace.lane_sums + row * kBlockTokens, result.acc + row * head_dim);
-    }
-
-    // Values past the last position that a row sees are not read: they may be anything.
-    const bool convert = sizeof(T) == 2 && rows >= kConvertValuesRows;
-    for (int i = 0; i < num_blocks; ++i) {
-      const T* values = tile.kv.Values<T>(blocks[i], tile.kv_head);
-      const int tokens = std::min(kBlockTokens, num_tokens - i * kBlockTokens);
-      if (convert) {
-        for (int at = 0; at < tokens * head_dim; at += kLanes) {
-          hn::Store(LoadValues(values + at), d,
-                    workspace.values + i * kBlockTokens * head_dim + at);
-        }
-      } else {
-        AddValues(scores + i * kBlockTokens, values, tokens, rows, head_dim, acc);
-      }
-    }
-    if (convert) AddValues(scores, workspace.values, num_tokens, rows, head_dim, acc);
   }
   for (int row = 0; row < num_rows; ++row) {
     result.sum[row] =
@@ -458,6 +655,24 @@ HWY_EXPORT(ScaleRowTarget);
 void AttendPartition(const AttentionTile& tile, int64_t partition, const TileWorkspace& workspace,
                      const AttentionPartial& result) {
   HWY_DYNAMIC_DISPATCH(AttendPartitionTarget)(tile, partition, workspace, result);
+}
+
+void PrefetchBlocks(const KvLayerView& kv, int kv_head, int num_kv_heads, const int32_t* blocks,
+                    int64_t num_blocks, int64_t part, int64_t num_parts) {
+  const int64_t run_bytes =
+      kv.layout.head_run_elements() * static_cast<int64_t>(DTypeBytes(kv.layout.dtype));
+  // Keys of the heads are one piece of a block, values another.
+  const int64_t piece_bytes = num_kv_heads * run_bytes;
+  const int64_t begin = 2 * num_blocks * piece_bytes * part / num_parts;
+  const int64_t end = 2 * num_blocks * piece_bytes * (part + 1) / num_parts;
+  for (int64_t at = begin; at < end;) {
+    const int64_t piece = at / piece_bytes;
+    const char* data =
+        static_cast<const char*>(kv.data) + blocks[piece / 2] * kv.layout.block_bytes() +
+        (kv_head + piece % 2 * kv.layout.num_kv_heads) * run_bytes - piece * piece_bytes;
+    const int64_t piece_end = std::min(end, (piece + 1) * piece_bytes);
+    for (; at < piece_end; at += 64) __builtin_prefetch(data + at, 0, 2);
+  }
 }
 
 void ClearPartial(const AttentionPartial& total, int num_rows, int head_dim) {

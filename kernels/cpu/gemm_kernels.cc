@@ -466,7 +466,9 @@ template <typename DotT, typename F, int kRows, int kGroupRows>
 void MultiplyFewRows(const PackedWeight& weight, int64_t panel, const QuantizedRows& x, int lane,
                      float* sums) {
   using XRun = ActivationRun<kGroupRows>;
-  constexpr int64_t kAhead = 4096;
+  // Into the L2 cache; the best of 0 to 64 KiB. Into the L1 cache a third slower (EPYC Zen 4,
+  // SmolLM2-135M with 2 threads, 2026-11-23).
+  constexpr int64_t kAhead = 8192;
   const std::byte* packed = weight.Panel(panel);
   const std::byte* scales = packed + weight.layout().scale_offset;
   XRun x_run = {x.data, 0};
@@ -474,7 +476,7 @@ void MultiplyFewRows(const PackedWeight& weight, int64_t panel, const QuantizedR
   GLOAM_UNROLL
   for (int r = 0; r < kRows; ++r) sum[r] = hn::Zero(df);
   for (int64_t run = 0; run < weight.num_runs(); ++run, packed += F::kRunBytes) {
-    for (int i = 0; i < F::kRunBytes; i += 64) hwy::Prefetch(packed + kAhead + i);
+    for (int i = 0; i < F::kRunBytes; i += 64) __builtin_prefetch(packed + kAhead + i, 0, 2);
     VU quads[kQuadsPerRun];
     UnpackQuads<F::kBits>(packed, lane, quads);
     VF scale[F::kGroups];

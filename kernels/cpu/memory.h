@@ -1,4 +1,4 @@
-// Allocation of host memory: zeroed, 64-byte aligned, large ones in huge pages and lazily.
+// Allocation of host memory: zeroed, 64-byte aligned, those of 128 KiB and more in huge pages.
 #pragma once
 
 #include <cstddef>
