@@ -39,8 +39,8 @@ namespace cpu {
 // and step (of query alone, for quants per token) a logit is off by at most
 //   block quants of 2 and 4 bits   d * (2^b - 1) / 2 * max |w| / 254
 //   others                         d * (2^b - 1) / 2 * max |w| / 32512 (times the token's scale)
-// and the rounding of fp32. In the root mean square that is 0.14 of what the 4-bit quants themselves
-// cost (tests/kernels/estimate_test, keys with an outlier channel).
+// and the rounding of fp32. In the root mean square that is 0.14 of what the 4-bit quants
+// themselves cost (tests/kernels/estimate_test, keys with an outlier channel).
 void Estimate(const EstimateParams& params);
 void EstimateFromLabels(const EstimateFromLabelsParams& params);
 
