@@ -9,7 +9,8 @@
 namespace gloam {
 namespace {
 
-// One in so many decoded tokens of a request with report_true_mass has its true mass measured.
+// With report_true_mass, the first sparse token of an answer and then one in so many have their
+// true mass measured.
 constexpr int kTrueMassInterval = 16;
 
 }  // namespace
@@ -137,7 +138,8 @@ void ModelRunner::FillSparsity(const StepPlan& plan) {
                              .policy = sequence.policy,
                              .compressed = sequence.compressed.get(),
                              .measure_true_mass = sequence.policy->report_true_mass &&
-                                                  position % kTrueMassInterval == 0};
+                                                  (position == sequence.first_sparse_token ||
+                                                   position % kTrueMassInterval == 0)};
       sparse_.rows.push_back(row);
       if (in_first_layers) sparse_first_layers_.rows.push_back(row);
     }

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels/cpu/bf16.h"
+#include "kernels/cpu/prefetch.h"
 #include "kernels/float16.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -671,7 +672,8 @@ void PrefetchBlocks(const KvLayerView& kv, int kv_head, int num_kv_heads, const 
         static_cast<const char*>(kv.data) + blocks[piece / 2] * kv.layout.block_bytes() +
         (kv_head + piece % 2 * kv.layout.num_kv_heads) * run_bytes - piece * piece_bytes;
     const int64_t piece_end = std::min(end, (piece + 1) * piece_bytes);
-    for (; at < piece_end; at += 64) __builtin_prefetch(data + at, 0, 2);
+    PrefetchRange(data + at, piece_end - at);
+    at = piece_end;
   }
 }
 

@@ -3,12 +3,12 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "kernels/cpu/prefetch.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/block_scores.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
-#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 
 #ifndef GLOAM_BLOCK_SCORES_ONCE
@@ -46,7 +46,7 @@ constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 // Heads that share one conversion of a range to fp32.
 constexpr int kHeadTile = 4;
 // Blocks are anywhere in the cache: their ranges are asked for this far ahead.
-constexpr int64_t kPrefetchBlocks = 4;
+constexpr int64_t kPrefetchBlocks = 16;
 
 inline VF LoadRange(const float* from) { return hn::LoadU(DF(), from); }
 template <typename T>
@@ -88,8 +88,7 @@ void ScoreBlocksOf(const BlockScores& work) {
   const int64_t range_bytes = int64_t{2} * d * static_cast<int64_t>(sizeof(T));
   for (int64_t block = 0; block < num_blocks; ++block) {
     if (block + kPrefetchBlocks < num_blocks) {
-      const std::byte* ahead = work.keys.Ranges(block + kPrefetchBlocks);
-      for (int64_t byte = 0; byte < range_bytes; byte += 64) hwy::Prefetch(ahead + byte);
+      PrefetchRange(work.keys.Ranges(block + kPrefetchBlocks), range_bytes);
     }
     if (!work.HasCandidate(block)) continue;
     const T* ranges = reinterpret_cast<const T*>(work.keys.Ranges(block));

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "base/check.h"
-#include "hwy/cache_control.h"
+#include "kernels/cpu/prefetch.h"
 
 // Scalable vectors cannot be array elements, which the register tiles need.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
@@ -190,7 +190,7 @@ HWY_INLINE void LoadScales(const std::byte* scales, int64_t run, int lane, VF sc
 // page ends. May run past the weight's end, which a prefetch forgives.
 void Prefetch(const std::byte* data, int64_t bytes) {
   constexpr int64_t kPrefetchBytes = 4096;
-  for (int64_t i = 0; i < bytes; i += 64) hwy::Prefetch(data + kPrefetchBytes + i);
+  PrefetchRange(data + kPrefetchBytes, bytes);
 }
 
 // Unpacks the chunk that begins at run `first_run` of a panel.

@@ -13,6 +13,7 @@
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/carver.h"
 #include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/sparse_tail.h"
 #include "kernels/estimate.h"
 #include "kernels/prune.h"
@@ -388,10 +389,8 @@ void HeadTask::Unite() {
 void HeadTask::Prefetch(int64_t token) const {
   const char* keys = KeyRow(token);
   const char* values = keys + params_.kv.layout.num_kv_heads * run_bytes_;
-  for (int64_t at = 0; at < row_bytes_; at += 64) {
-    __builtin_prefetch(keys + at);
-    __builtin_prefetch(values + at);
-  }
+  PrefetchRange(keys, row_bytes_);
+  PrefetchRange(values, row_bytes_);
 }
 
 void HeadTask::Gather(int64_t token, int slot) {
