@@ -61,8 +61,8 @@ struct SparseAttentionParams {
   float scale = 0;
   int layer = 0;
   std::span<const SparseRow> rows;
-  SparseHeadStats* stats = nullptr;  // [rows.size()][num_kv_heads] out
-  TensorView out;                    // [num_tokens, num_heads, head_dim]; only `rows` are written
+  SparseHeadStats* stats = nullptr;   // [rows.size()][num_kv_heads] out
+  TensorView out;                     // [num_tokens, num_heads, head_dim]; only `rows` are written
   SparseStageTimes* times = nullptr;  // added to, for benches; null: nothing is timed
 };
 

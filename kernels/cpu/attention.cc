@@ -1,10 +1,10 @@
 // Plan and threads of attention; the arithmetic is in attention_tile.cc.
 //
-// Work is cut into tiles: some consecutive tokens of a sequence for one KV head, or for several where
-// a head has few rows. A task is a tile, or, where there are too few tiles to keep the threads busy,
-// some partitions of a tile's context; the task that finishes a tile last folds its partials in
-// ascending order. No cut changes a result. Decode reads every visible key and value once; prefill
-// does 4 * rows * context * head_dim FLOPs.
+// Work is cut into tiles: some consecutive tokens of a sequence for one KV head, or for several
+// where a head has few rows. A task is a tile, or, where there are too few tiles to keep the
+// threads busy, some partitions of a tile's context; the task that finishes a tile last folds its
+// partials in ascending order. No cut changes a result. Decode reads every visible key and value
+// once; prefill does 4 * rows * context * head_dim FLOPs.
 #include "kernels/attention.h"
 
 #include <algorithm>

@@ -640,7 +640,7 @@ void EstimateExactly(const EstimateCall& call) {
   };
   const auto prefetch = [&](int64_t i) {
     PrefetchRange(reinterpret_cast<const std::byte*>(keys_of(i)),
-                keys.kv.layout.head_run_elements() * int64_t{sizeof(T)});
+                  keys.kv.layout.head_run_elements() * int64_t{sizeof(T)});
   };
   ForCandidates(call, prefetch, [&](const int64_t* blocks, int count, const auto& fetch) HWY_ATTR {
     ForHeadTiles(call.num_heads, [&](int head, auto heads) HWY_ATTR {
