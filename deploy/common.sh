@@ -50,6 +50,7 @@ venv_install() {
 build_preset() {
   local preset=$1
   shift
+  mkdir -p build
   cmake --preset "$preset" ${CMAKE_EXTRA:-} > "build/$preset-configure.log" 2>&1 || {
     cat "build/$preset-configure.log" >&2
     return 1
