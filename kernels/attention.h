@@ -10,9 +10,17 @@
 
 namespace gloam {
 
+// What Attention of one forward pass has in common over the layers.
+struct AttentionPlanParams {
+  SequenceBatch batch;
+  KvLayout kv;
+  int num_heads = 0;
+  int sliding_window = 0;
+};
+
 struct AttentionParams {
   SequenceBatch batch;
-  TensorView q;            // [num_tokens, num_heads, head_dim], after RoPE
+  TensorView q;            // [num_tokens, num_heads, head_dim], after RoPE; Ops::QueryDType
   KvLayerView kv;          // holds this step's keys and values already
   float scale = 0;         // usually 1 / sqrt(head_dim)
   int sliding_window = 0;  // tokens that a query sees, itself included; 0: all

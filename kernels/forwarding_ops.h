@@ -12,8 +12,27 @@ class ForwardingOps : public Ops {
   explicit ForwardingOps(Ops& ops) : ops_(ops) {}
 
   Device device() const override { return ops_.device(); }
-  DType activation_dtype() const override { return ops_.activation_dtype(); }
+  std::string DeviceName() const override { return ops_.DeviceName(); }
+  ActivationDTypes activation_dtypes() const override { return ops_.activation_dtypes(); }
+  DType QueryDType(DType kv) const override { return ops_.QueryDType(kv); }
+  DeviceMemory memory() const override { return ops_.memory(); }
   StatusOr<Buffer> Allocate(size_t bytes) override { return ops_.Allocate(bytes); }
+  StatusOr<StagedBuffer> AllocateStaged(size_t bytes) override {
+    return ops_.AllocateStaged(bytes);
+  }
+  Status Reserve(const StepLimits& limits) override { return ops_.Reserve(limits); }
+  void Upload(void* device, const void* host, size_t bytes) override {
+    ops_.Upload(device, host, bytes);
+  }
+  void Download(void* host, const void* device, size_t bytes) override {
+    ops_.Download(host, device, bytes);
+  }
+  void BeginStep() override { ops_.BeginStep(); }
+  void Stage(const StagedBuffer& buffer, size_t offset, size_t bytes) override {
+    ops_.Stage(buffer, offset, bytes);
+  }
+  // Not passed on: a repeated step would go past the decorator.
+  void Repeat(uint64_t /*key*/, const std::function<void()>& step) override { step(); }
   StatusOr<std::unique_ptr<Weight>> LoadWeight(std::span<const RawWeight> parts) override {
     return ops_.LoadWeight(parts);
   }
@@ -23,6 +42,7 @@ class ForwardingOps : public Ops {
   void GatherRows(const GatherRowsParams& params) override { ops_.GatherRows(params); }
   void Gemm(const GemmParams& params) override { ops_.Gemm(params); }
   void RopeAppendKv(const RopeKvParams& params) override { ops_.RopeAppendKv(params); }
+  void PlanAttention(const AttentionPlanParams& params) override { ops_.PlanAttention(params); }
   void Attention(const AttentionParams& params) override { ops_.Attention(params); }
   void UpdateSidecars(const UpdateSidecarsParams& params) override { ops_.UpdateSidecars(params); }
   void CompressPrompt(const CompressPromptParams& params) override { ops_.CompressPrompt(params); }

@@ -4,8 +4,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "base/status.h"
 #include "kernels/attention.h"
@@ -49,16 +52,72 @@ class Buffer {
   Deleter deleter_ = nullptr;
 };
 
+// An array that the host fills and operations read. Where the device shares the host's memory both
+// pointers are one. Move-only.
+struct StagedBuffer {
+  Buffer host;    // to write to
+  Buffer device;  // to read from; empty where it is `host`
+
+  void* host_data() const { return host.data(); }
+  void* device_data() const { return device.data() != nullptr ? device.data() : host.data(); }
+};
+
+// What a forward pass hands from one operation to the next; logits are always fp32.
+struct ActivationDTypes {
+  DType residual = DType::kF32;  // hidden states
+  DType input = DType::kF32;     // what matrix products read: normed, attended, gate and up
+  DType qkv = DType::kF32;       // Q, K and V as the product gives them
+};
+
+// The largest step that a backend's own scratch memory has to serve.
+struct StepLimits {
+  int max_tokens = 0;
+  int max_seqs = 0;
+  int max_context = 0;     // tokens of one sequence
+  int max_logit_rows = 0;  // of Sample and Score
+  int num_heads = 0;
+  int num_kv_heads = 0;
+  int head_dim = 0;
+  int hidden_size = 0;
+  int intermediate_size = 0;
+  int vocab_size = 0;
+};
+
+struct DeviceMemory {
+  int64_t free_bytes = 0;
+  int64_t total_bytes = 0;
+};
+
 class Ops {
  public:
   virtual ~Ops() = default;
 
   virtual Device device() const = 0;
-  // Dtype of hidden states, Q, K, V and attention output; logits are always fp32.
-  virtual DType activation_dtype() const = 0;
+  virtual std::string DeviceName() const = 0;  // for people: "NVIDIA H100 80GB HBM3"
+  virtual ActivationDTypes activation_dtypes() const = 0;
+  // Dtype of rotated queries over a cache of `kv`.
+  virtual DType QueryDType(DType kv) const = 0;
+  virtual DeviceMemory memory() const = 0;
 
   // Errors: kResourceExhausted with the size asked for.
   [[nodiscard]] virtual StatusOr<Buffer> Allocate(size_t bytes) = 0;
+  [[nodiscard]] virtual StatusOr<StagedBuffer> AllocateStaged(size_t bytes) = 0;
+  // Makes room for steps up to `limits`; afterwards no operation allocates. Errors:
+  // kResourceExhausted with the size.
+  [[nodiscard]] virtual Status Reserve(const StepLimits& limits) = 0;
+
+  // Copies between host memory and the backend's; when they return, the copy is complete.
+  virtual void Upload(void* device, const void* host, size_t bytes) = 0;
+  virtual void Download(void* host, const void* device, size_t bytes) = 0;
+
+  // Before the host writes to staged memory: waits until the device has taken what it held.
+  virtual void BeginStep() = 0;
+  // Brings [offset, offset + bytes) of what the host wrote to the device, in order with operations.
+  virtual void Stage(const StagedBuffer& buffer, size_t offset, size_t bytes) = 0;
+
+  // Runs `step`. Its operations must depend on `key` and on device memory alone: a backend may
+  // record them under the key and repeat them without calling `step` again.
+  virtual void Repeat(uint64_t key, const std::function<void()>& step) = 0;
 
   // Stacks `parts` (same type and cols) by rows into one weight in this backend's layout. The raw
   // data may go away afterwards. Errors: kUnimplemented naming the type, kResourceExhausted.
@@ -71,6 +130,8 @@ class Ops {
   virtual void GatherRows(const GatherRowsParams& params) = 0;
   virtual void Gemm(const GemmParams& params) = 0;
   virtual void RopeAppendKv(const RopeKvParams& params) = 0;
+  // Once per forward pass, before its first Attention.
+  virtual void PlanAttention(const AttentionPlanParams& params) = 0;
   virtual void Attention(const AttentionParams& params) = 0;
   virtual void UpdateSidecars(const UpdateSidecarsParams& params) = 0;
   virtual void CompressPrompt(const CompressPromptParams& params) = 0;
@@ -89,5 +150,18 @@ struct CpuOptions {
 };
 
 std::unique_ptr<Ops> MakeCpuOps(const CpuOptions& options);
+
+// The backend runs on the first GPU that CUDA_VISIBLE_DEVICES leaves.
+struct CudaOptions {
+  // One order of every sum whatever else is in the batch: an answer's bits do not depend on its
+  // neighbours, on chunking, on cache hits or on pre-emption. Costs speed.
+  bool batch_invariant = false;
+  // Keeps bf16, fp16 and fp32 weight matrices as fp8 (e4m3) with a scale per row.
+  bool fp8_weights = false;
+};
+
+// Errors: kUnavailable (no usable device or driver, or built without CUDA), kUnimplemented (a
+// device older than compute capability 8.0).
+[[nodiscard]] StatusOr<std::unique_ptr<Ops>> MakeCudaOps(const CudaOptions& options);
 
 }  // namespace gloam

@@ -47,7 +47,9 @@ struct KvLayerView {
 };
 
 // Which tokens a step works on and where their keys and values live. All arrays are on the
-// backend's device and valid during the step. Sequences are packed one after another.
+// backend's device and valid during the step, but those named host_. Sequences are packed one after
+// another. A recorded step (Ops::Repeat) may be padded with sequences of one token and a context of
+// 0; nothing is computed for them.
 struct SequenceBatch {
   int num_seqs = 0;
   int num_tokens = 0;  // cu_seqlens[num_seqs]
@@ -57,6 +59,12 @@ struct SequenceBatch {
   const int32_t* cu_seqlens = nullptr;    // [num_seqs + 1] first token of each sequence
   const int32_t* context_lens = nullptr;  // [num_seqs] tokens in the cache including this step's
   const int32_t* block_tables = nullptr;  // [num_seqs, max_blocks_per_seq] block ids
+  // The same arrays where the host reads them.
+  const int32_t* host_cu_seqlens = nullptr;
+  const int32_t* host_context_lens = nullptr;
+
+  // Every sequence has one token: nothing but decoding.
+  bool decode_only() const { return num_tokens == num_seqs; }
 };
 
 }  // namespace gloam

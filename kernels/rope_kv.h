@@ -10,12 +10,14 @@ namespace gloam {
 // and Qwen's GGUF files do; interleaved pairs (2i, 2i + 1), as GGUF files of the Llama family do.
 enum class RopeStyle : uint8_t { kNeox, kInterleaved };
 
-// Rotates q in place, rotates k, and writes k and v to the cache at batch.slot_mapping.
+// Rotates q into q_out, rotates k, and writes k and v to the cache at batch.slot_mapping. A token
+// with slot -1 (padding of a recorded step) writes nothing to the cache.
 struct RopeKvParams {
   SequenceBatch batch;
-  TensorView q;  // [num_tokens, num_heads, head_dim], rotated in place
-  TensorView k;  // [num_tokens, num_kv_heads, head_dim], rotated in place
-  TensorView v;  // [num_tokens, num_kv_heads, head_dim]
+  TensorView q;      // [num_tokens, num_heads, head_dim]
+  TensorView q_out;  // same shape, Ops::QueryDType; no data: q in place
+  TensorView k;      // [num_tokens, num_kv_heads, head_dim]; the CPU rotates it in place
+  TensorView v;      // [num_tokens, num_kv_heads, head_dim]
   // cos and sin of position * frequency, scaling included: [max_positions, rotary_dim / 2] each.
   const float* cos = nullptr;
   const float* sin = nullptr;

@@ -13,7 +13,7 @@
 
 namespace gloam {
 
-enum class DType : uint8_t { kF32, kF16, kBF16, kI32, kI64 };
+enum class DType : uint8_t { kF32, kF16, kBF16, kF8E4M3, kI32, kI64 };
 
 constexpr size_t DTypeBytes(DType dtype) {
   switch (dtype) {
@@ -23,6 +23,8 @@ constexpr size_t DTypeBytes(DType dtype) {
     case DType::kF16:
     case DType::kBF16:
       return 2;
+    case DType::kF8E4M3:
+      return 1;
     case DType::kI64:
       return 8;
   }

@@ -35,20 +35,24 @@ StatusOr<std::unique_ptr<Model>> Llama::Load(const ModelFile& file, Ops& ops,
 Status Llama::Reserve(int max_tokens, int max_logit_rows) {
   GLOAM_CHECK(max_tokens > 0 && max_logit_rows > 0);
   const ModelConfig& c = config_;
-  const DType dtype = ops_.activation_dtype();
+  const ActivationDTypes dtypes = ops_.activation_dtypes();
+  // Two-byte types are told apart when the cache's type is known, in the forward pass.
+  const DType query_dtype = ops_.QueryDType(DType::kBF16);
+  const int64_t q_dim = int64_t{c.num_heads} * c.head_dim;
   struct Piece {
     TensorView Activations::*view;
     DType dtype;
     int64_t rows, cols;
   };
   const Piece pieces[] = {
-      {&Activations::hidden, dtype, max_tokens, c.hidden_size},
-      {&Activations::normed, dtype, max_tokens, c.hidden_size},
-      {&Activations::qkv, dtype, max_tokens,
-       int64_t{c.num_heads + 2 * c.num_kv_heads} * c.head_dim},
-      {&Activations::attended, dtype, max_tokens, int64_t{c.num_heads} * c.head_dim},
-      {&Activations::gate_up, dtype, max_tokens, int64_t{2} * c.intermediate_size},
-      {&Activations::last, dtype, max_logit_rows, c.hidden_size},
+      {&Activations::hidden, dtypes.residual, max_tokens, c.hidden_size},
+      {&Activations::normed, dtypes.input, max_tokens, c.hidden_size},
+      {&Activations::qkv, dtypes.qkv, max_tokens, q_dim + int64_t{2} * c.num_kv_heads * c.head_dim},
+      {&Activations::query, query_dtype, dtypes.qkv == query_dtype ? 0 : max_tokens, q_dim},
+      {&Activations::attended, dtypes.input, max_tokens, q_dim},
+      {&Activations::gate_up, dtypes.input, max_tokens, int64_t{2} * c.intermediate_size},
+      {&Activations::last, dtypes.residual, max_logit_rows, c.hidden_size},
+      {&Activations::last_normed, dtypes.input, max_logit_rows, c.hidden_size},
       {&Activations::logits, DType::kF32, max_logit_rows, c.vocab_size},
   };
   const auto bytes_of = [](const Piece& piece) {
@@ -79,6 +83,10 @@ TensorView Llama::Forward(const ForwardBatch& batch) {
   ops_.Embed({.table = weights_.token_embedding.get(),
               .token_ids = batch.token_ids,
               .out = activations_.hidden.Rows(0, num_tokens)});
+  ops_.PlanAttention({.batch = batch.seqs,
+                      .kv = batch.kv.front().layout,
+                      .num_heads = config_.num_heads,
+                      .sliding_window = config_.sliding_window});
   for (int i = 0; i < config_.num_layers; ++i) {
     Attention(i, batch);
     FeedForward(weights_.layers[i], num_tokens);
@@ -108,9 +116,15 @@ void Llama::Attention(int layer_index, const ForwardBatch& batch) {
     RmsNorm(q, layer.q_norm, q);
     RmsNorm(k, layer.k_norm, k);
   }
+  TensorView query = q;
+  if (activations_.query.num_elements() > 0) {
+    query = Heads(activations_.query.Rows(0, num_tokens), c.num_heads, c.head_dim);
+    query.dtype = ops_.QueryDType(batch.kv[layer_index].layout.dtype);
+  }
   const bool uses_rope = c.layer_uses_rope.empty() || c.layer_uses_rope[layer_index];
   ops_.RopeAppendKv({.batch = batch.seqs,
                      .q = q,
+                     .q_out = query,
                      .k = k,
                      .v = v,
                      .cos = Floats(weights_.rope_cos),
@@ -118,7 +132,7 @@ void Llama::Attention(int layer_index, const ForwardBatch& batch) {
                      .rotary_dim = uses_rope ? c.rotary_dim : 0,
                      .style = c.rope_style,
                      .kv = batch.kv[layer_index]});
-  Attend(layer_index, batch, q, Heads(attended, c.num_heads, c.head_dim));
+  Attend(layer_index, batch, query, Heads(attended, c.num_heads, c.head_dim));
   layer.attention_out.Apply(ops_, attended, hidden, /*accumulate=*/true);
 }
 
@@ -191,10 +205,11 @@ TensorView Llama::Logits(const ForwardBatch& batch) {
   ops_.GatherRows({.x = activations_.hidden.Rows(0, batch.seqs.num_tokens),
                    .row_indices = batch.logit_rows,
                    .out = last});
-  RmsNorm(last, weights_.output_norm, last);
+  const TensorView normed = activations_.last_normed.Rows(0, batch.num_logit_rows);
+  RmsNorm(last, weights_.output_norm, normed);
   const Weight* lm_head =
       weights_.lm_head ? weights_.lm_head.get() : weights_.token_embedding.get();
-  ops_.Gemm({.x = last, .outputs = {{{.weight = lm_head, .y = logits}}}, .num_outputs = 1});
+  ops_.Gemm({.x = normed, .outputs = {{{.weight = lm_head, .y = logits}}}, .num_outputs = 1});
   return logits;
 }
 

@@ -26,13 +26,15 @@ class Llama final : public Model {
   // Everything that a step computes, in one piece of memory.
   struct Activations {
     Buffer memory;
-    TensorView hidden;    // [max_tokens, hidden_size], the residual stream
-    TensorView normed;    // [max_tokens, hidden_size]
-    TensorView qkv;       // [max_tokens, (num_heads + 2 num_kv_heads) head_dim]
-    TensorView attended;  // [max_tokens, num_heads head_dim]
-    TensorView gate_up;   // [max_tokens, 2 intermediate_size]
-    TensorView last;      // [max_logit_rows, hidden_size], rows of `hidden`
-    TensorView logits;    // [max_logit_rows, vocab_size] fp32
+    TensorView hidden;       // [max_tokens, hidden_size], the residual stream
+    TensorView normed;       // [max_tokens, hidden_size]
+    TensorView qkv;          // [max_tokens, (num_heads + 2 num_kv_heads) head_dim]
+    TensorView query;        // [max_tokens, num_heads head_dim] rotated; empty where qkv holds it
+    TensorView attended;     // [max_tokens, num_heads head_dim]
+    TensorView gate_up;      // [max_tokens, 2 intermediate_size]
+    TensorView last;         // [max_logit_rows, hidden_size], rows of `hidden`
+    TensorView last_normed;  // [max_logit_rows, hidden_size]
+    TensorView logits;       // [max_logit_rows, vocab_size] fp32
   };
 
   Llama(ModelConfig config, LlamaWeights weights, Ops& ops);

@@ -1,6 +1,5 @@
 #include "models/llama_weights.h"
 
-#include <cstring>
 #include <initializer_list>
 #include <span>
 #include <string>
@@ -25,9 +24,8 @@ class WeightReader {
 
   // A copy of `values` in the backend's memory.
   StatusOr<Buffer> Upload(std::span<const float> values) {
-    GLOAM_CHECK(ops_.device() == Device::kCpu);
     GLOAM_ASSIGN_OR_RETURN(Buffer buffer, ops_.Allocate(values.size_bytes()));
-    std::memcpy(buffer.data(), values.data(), values.size_bytes());
+    ops_.Upload(buffer.data(), values.data(), values.size_bytes());
     bytes_loaded_ += static_cast<int64_t>(buffer.bytes());
     return buffer;
   }

@@ -1,10 +1,12 @@
 // The CPU backend's Ops: one object that owns the threads and the scratch memory and forwards to
 // the free functions of cpu_kernels.h.
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <climits>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <string>
 
@@ -36,9 +38,31 @@ class CpuOps final : public Ops {
         pool_(options.num_threads > 0 ? options.num_threads : UsableCores()) {}
 
   Device device() const override { return Device::kCpu; }
-  DType activation_dtype() const override { return DType::kF32; }
+  std::string DeviceName() const override { return "cpu"; }
+  ActivationDTypes activation_dtypes() const override { return {}; }
+  DType QueryDType(DType /*kv*/) const override { return DType::kF32; }
+  DeviceMemory memory() const override {
+    const int64_t page_bytes = sysconf(_SC_PAGESIZE);
+    return {.free_bytes = sysconf(_SC_AVPHYS_PAGES) * page_bytes,
+            .total_bytes = sysconf(_SC_PHYS_PAGES) * page_bytes};
+  }
 
   StatusOr<Buffer> Allocate(size_t bytes) override { return cpu::AllocateBuffer(bytes); }
+  StatusOr<StagedBuffer> AllocateStaged(size_t bytes) override {
+    StagedBuffer staged;
+    GLOAM_ASSIGN_OR_RETURN(staged.host, cpu::AllocateBuffer(bytes));
+    return staged;
+  }
+  Status Reserve(const StepLimits& /*limits*/) override { return OkStatus(); }
+  void Upload(void* device, const void* host, size_t bytes) override {
+    std::memcpy(device, host, bytes);
+  }
+  void Download(void* host, const void* device, size_t bytes) override {
+    std::memcpy(host, device, bytes);
+  }
+  void BeginStep() override {}
+  void Stage(const StagedBuffer& /*buffer*/, size_t /*offset*/, size_t /*bytes*/) override {}
+  void Repeat(uint64_t /*key*/, const std::function<void()>& step) override { step(); }
   StatusOr<std::unique_ptr<Weight>> LoadWeight(std::span<const RawWeight> parts) override {
     return cpu::PackWeight(parts, pool_);
   }
@@ -51,6 +75,7 @@ class CpuOps final : public Ops {
     cpu::Gemm(params, activations_, pool_, gemm_scratch_);
   }
   void RopeAppendKv(const RopeKvParams& params) override { cpu::RopeAppendKv(params, pool_); }
+  void PlanAttention(const AttentionPlanParams& /*params*/) override {}
   void Attention(const AttentionParams& params) override {
     cpu::Attention(params, pool_, attention_scratch_);
   }

@@ -122,6 +122,7 @@ void CheckParams(const RopeKvParams& params) {
   const int64_t num_tokens = params.batch.num_tokens;
   const KvLayout& layout = params.kv.layout;
   GLOAM_CHECK(params.q.rank == 3 && params.k.rank == 3 && params.v.rank == 3);
+  GLOAM_CHECK(params.q_out.data == nullptr || params.q_out.data == params.q.data);
   GLOAM_CHECK(params.q.shape[0] == num_tokens && params.q.shape[2] == layout.head_dim);
   GLOAM_CHECK(params.k.shape[0] == num_tokens && params.k.shape[1] == layout.num_kv_heads &&
               params.k.shape[2] == layout.head_dim);

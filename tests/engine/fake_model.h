@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -32,12 +33,30 @@ inline uint64_t Hash(uint64_t state, uint64_t value) {
 class FakeOps : public Ops {
  public:
   Device device() const override { return Device::kCpu; }
-  DType activation_dtype() const override { return DType::kF32; }
+  std::string DeviceName() const override { return "fake"; }
+  ActivationDTypes activation_dtypes() const override { return {}; }
+  DType QueryDType(DType) const override { return DType::kF32; }
+  DeviceMemory memory() const override { return {}; }
   StatusOr<Buffer> Allocate(size_t bytes) override {
     num_bytes_allocated += bytes;
     return Buffer(std::calloc(std::max<size_t>(bytes, 1), 1), bytes,
                   [](void* data, size_t) { std::free(data); });
   }
+  StatusOr<StagedBuffer> AllocateStaged(size_t bytes) override {
+    StagedBuffer staged;
+    staged.host = Allocate(bytes).value();
+    return staged;
+  }
+  Status Reserve(const StepLimits&) override { return OkStatus(); }
+  void Upload(void* device, const void* host, size_t bytes) override {
+    std::memcpy(device, host, bytes);
+  }
+  void Download(void* host, const void* device, size_t bytes) override {
+    std::memcpy(host, device, bytes);
+  }
+  void BeginStep() override {}
+  void Stage(const StagedBuffer&, size_t, size_t) override {}
+  void Repeat(uint64_t, const std::function<void()>& step) override { step(); }
   StatusOr<std::unique_ptr<Weight>> LoadWeight(std::span<const RawWeight>) override {
     return Unimplemented("the fake backend has no weights");
   }
@@ -47,6 +66,7 @@ class FakeOps : public Ops {
   void GatherRows(const GatherRowsParams&) override { Unreachable(); }
   void Gemm(const GemmParams&) override { Unreachable(); }
   void RopeAppendKv(const RopeKvParams&) override { Unreachable(); }
+  void PlanAttention(const AttentionPlanParams&) override {}
   void Attention(const AttentionParams&) override { Unreachable(); }
   void UpdateSidecars(const UpdateSidecarsParams&) override { Unreachable(); }
   void CompressPrompt(const CompressPromptParams&) override { Unreachable(); }

@@ -1,0 +1,37 @@
+# The CUDA toolkit, where there is one. Sets GLOAM_CUDA to ON or OFF.
+#
+# The runtime is linked statically. cuBLASLt is loaded when the backend first needs it
+# (kernels/cuda/cublas_lt.cc), so that the program also runs where there is no GPU.
+
+include(CheckLanguage)
+if(GLOAM_CUDA STREQUAL "AUTO")
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(GLOAM_CUDA ON)
+  else()
+    set(GLOAM_CUDA OFF)
+  endif()
+endif()
+if(NOT GLOAM_CUDA)
+  return()
+endif()
+
+if(CCACHE)
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
+endif()
+# Architectures and the language's version are flags below: CMake 3.25 does not know them all.
+set(CMAKE_CUDA_ARCHITECTURES OFF)
+enable_language(CUDA)
+find_package(CUDAToolkit 12.8 REQUIRED)
+
+set(GLOAM_CUDA_FLAGS -std=c++20 --expt-relaxed-constexpr --extended-lambda -Xcompiler=-Wall,-Wextra)
+foreach(arch ${GLOAM_CUDA_ARCHITECTURES})
+  list(APPEND GLOAM_CUDA_FLAGS "SHELL:-gencode arch=compute_${arch},code=sm_${arch}")
+endforeach()
+
+# Compiles the .cu files of `target` for the chosen GPUs and links the runtime.
+function(gloam_use_cuda target)
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${GLOAM_CUDA_FLAGS}>)
+  target_link_libraries(${target} PRIVATE CUDA::cudart_static)
+  target_include_directories(${target} SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+endfunction()

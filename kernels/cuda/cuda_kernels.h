@@ -1,0 +1,59 @@
+// The CUDA backend's operations; cuda_ops.cc gathers them into an Ops. Contracts are in the headers
+// of kernels/. Everything is enqueued on context.stream; nothing here allocates or synchronises
+// outside construction, Reserve and LoadWeight, but Sample and Score, which read their results
+// back.
+//
+// Dtypes: residual fp32; inputs of products bf16; Q, K, V before RoPE fp32; rotated queries have
+// the cache's type (bf16 for an fp8 cache).
+#pragma once
+
+#include <memory>
+#include <span>
+
+#include "base/status.h"
+#include "kernels/cuda/device.h"
+#include "kernels/ops.h"
+
+namespace gloam::cuda {
+
+// elementwise.cu
+void RmsNorm(const RmsNormParams& params, const DeviceContext& context);
+void SiluMul(const SiluMulParams& params, const DeviceContext& context);
+void GatherRows(const GatherRowsParams& params, const DeviceContext& context);
+
+// rope_kv.cu
+void RopeAppendKv(const RopeKvParams& params, const DeviceContext& context);
+
+// Matrix products with their weights and scratch memory: gemm.cc and its kernels.
+class GemmBackend {
+ public:
+  virtual ~GemmBackend() = default;
+  [[nodiscard]] virtual Status Reserve(const StepLimits& limits) = 0;
+  [[nodiscard]] virtual StatusOr<std::unique_ptr<Weight>> LoadWeight(
+      std::span<const RawWeight> parts) = 0;
+  virtual void Embed(const EmbedParams& params) = 0;
+  virtual void Gemm(const GemmParams& params) = 0;
+};
+std::unique_ptr<GemmBackend> MakeGemmBackend(const DeviceContext& context);
+
+// Dense attention with its plan and scratch memory: attention.cc and its kernels.
+class AttentionBackend {
+ public:
+  virtual ~AttentionBackend() = default;
+  [[nodiscard]] virtual Status Reserve(const StepLimits& limits) = 0;
+  virtual void Plan(const AttentionPlanParams& params) = 0;
+  virtual void Attention(const AttentionParams& params) = 0;
+};
+std::unique_ptr<AttentionBackend> MakeAttentionBackend(const DeviceContext& context);
+
+// Sampling with its scratch memory: sample.cu.
+class SampleBackend {
+ public:
+  virtual ~SampleBackend() = default;
+  [[nodiscard]] virtual Status Reserve(const StepLimits& limits) = 0;
+  virtual void Sample(const SampleParams& params) = 0;
+  virtual void Score(const ScoreParams& params) = 0;
+};
+std::unique_ptr<SampleBackend> MakeSampleBackend(const DeviceContext& context);
+
+}  // namespace gloam::cuda
