@@ -19,12 +19,16 @@ endif()
 if(CCACHE)
   set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
 endif()
-# Architectures and the language's version are flags below: CMake 3.25 does not know them all.
+# Chosen by flags below: CMake 3.25 does not know them all.
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 enable_language(CUDA)
+# The property CXX_STANDARD holds for CUDA too, and CMake 3.25 does not know nvcc's flag for it.
+set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
 find_package(CUDAToolkit 12.8 REQUIRED)
 
-set(GLOAM_CUDA_FLAGS -std=c++20 --expt-relaxed-constexpr --extended-lambda -Xcompiler=-Wall,-Wextra)
+set(GLOAM_CUDA_FLAGS
+  -DFMT_USE_CONSTEXPR=1  # fmt 9 is half constexpr under nvcc otherwise
+  --expt-relaxed-constexpr --extended-lambda -Xcompiler=-Wall,-Wextra)
 foreach(arch ${GLOAM_CUDA_ARCHITECTURES})
   list(APPEND GLOAM_CUDA_FLAGS "SHELL:-gencode arch=compute_${arch},code=sm_${arch}")
 endforeach()

@@ -16,6 +16,7 @@ class ForwardingOps : public Ops {
   ActivationDTypes activation_dtypes() const override { return ops_.activation_dtypes(); }
   DType QueryDType(DType kv) const override { return ops_.QueryDType(kv); }
   DeviceMemory memory() const override { return ops_.memory(); }
+  double MeasureReadRate() override { return ops_.MeasureReadRate(); }
   StatusOr<Buffer> Allocate(size_t bytes) override { return ops_.Allocate(bytes); }
   StatusOr<StagedBuffer> AllocateStaged(size_t bytes) override {
     return ops_.AllocateStaged(bytes);

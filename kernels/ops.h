@@ -98,6 +98,9 @@ class Ops {
   // Dtype of rotated queries over a cache of `kv`.
   virtual DType QueryDType(DType kv) const = 0;
   virtual DeviceMemory memory() const = 0;
+  // Bytes per second at which operations can read memory: the ceiling that benches compare with.
+  // Measured by the call on 1 GiB that it allocates; about 0.1 s. 0 where there is no room.
+  virtual double MeasureReadRate() = 0;
 
   // Errors: kResourceExhausted with the size asked for.
   [[nodiscard]] virtual StatusOr<Buffer> Allocate(size_t bytes) = 0;

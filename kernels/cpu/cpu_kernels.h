@@ -23,6 +23,9 @@ class Scratch {
   Buffer buffer_;
 };
 
+// read_rate.cc
+double MeasureReadRate(ThreadPool& pool);
+
 // gemm.cc, pack.cc
 StatusOr<std::unique_ptr<Weight>> PackWeight(std::span<const RawWeight> parts, ThreadPool& pool);
 void Embed(const EmbedParams& params, ThreadPool& pool);

@@ -46,6 +46,7 @@ class CpuOps final : public Ops {
     return {.free_bytes = sysconf(_SC_AVPHYS_PAGES) * page_bytes,
             .total_bytes = sysconf(_SC_PHYS_PAGES) * page_bytes};
   }
+  double MeasureReadRate() override { return cpu::MeasureReadRate(pool_); }
 
   StatusOr<Buffer> Allocate(size_t bytes) override { return cpu::AllocateBuffer(bytes); }
   StatusOr<StagedBuffer> AllocateStaged(size_t bytes) override {

@@ -16,6 +16,9 @@
 
 namespace gloam::cuda {
 
+// read_rate.cu. Synchronises.
+double MeasureReadRate(const DeviceContext& context);
+
 // elementwise.cu
 void RmsNorm(const RmsNormParams& params, const DeviceContext& context);
 void SiluMul(const SiluMulParams& params, const DeviceContext& context);

@@ -74,6 +74,7 @@ class CudaOps final : public Ops {
     return {.free_bytes = static_cast<int64_t>(free_bytes),
             .total_bytes = static_cast<int64_t>(total_bytes)};
   }
+  double MeasureReadRate() override { return cuda::MeasureReadRate(context_); }
 
   StatusOr<Buffer> Allocate(size_t bytes) override { return cuda::AllocateDevice(bytes); }
   StatusOr<StagedBuffer> AllocateStaged(size_t bytes) override {

@@ -37,6 +37,7 @@ class FakeOps : public Ops {
   ActivationDTypes activation_dtypes() const override { return {}; }
   DType QueryDType(DType) const override { return DType::kF32; }
   DeviceMemory memory() const override { return {}; }
+  double MeasureReadRate() override { return 0; }
   StatusOr<Buffer> Allocate(size_t bytes) override {
     num_bytes_allocated += bytes;
     return Buffer(std::calloc(std::max<size_t>(bytes, 1), 1), bytes,
