@@ -1,19 +1,30 @@
-# The CUDA toolkit, where there is one. Sets GLOAM_CUDA to ON or OFF.
+# The CUDA toolkit and FlashInfer's headers, where they are: deploy/install-deps --cuda brings what a
+# machine lacks. Sets GLOAM_CUDA to ON or OFF.
 #
 # The runtime is linked statically. cuBLASLt is loaded when the backend first needs it
 # (kernels/cuda/cublas_lt.cc), so that the program also runs where there is no GPU.
 
-include(CheckLanguage)
+set(GLOAM_FLASHINFER_DIR ${PROJECT_SOURCE_DIR}/third_party/flashinfer)
+# third_party/cuda exists only where no other toolkit was new enough.
+find_program(GLOAM_NVCC nvcc
+  HINTS ${PROJECT_SOURCE_DIR}/third_party/cuda/bin
+  PATHS /usr/local/cuda/bin)
 if(GLOAM_CUDA STREQUAL "AUTO")
-  check_language(CUDA)
-  if(CMAKE_CUDA_COMPILER)
+  if(GLOAM_NVCC AND EXISTS ${GLOAM_FLASHINFER_DIR})
     set(GLOAM_CUDA ON)
   else()
+    message(STATUS "Without the CUDA backend: deploy/install-deps --cuda brings what it needs")
     set(GLOAM_CUDA OFF)
   endif()
 endif()
 if(NOT GLOAM_CUDA)
   return()
+endif()
+if(NOT GLOAM_NVCC OR NOT EXISTS ${GLOAM_FLASHINFER_DIR})
+  message(FATAL_ERROR "no nvcc or no third_party/flashinfer: run deploy/install-deps --cuda")
+endif()
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  set(CMAKE_CUDA_COMPILER ${GLOAM_NVCC})
 endif()
 
 if(CCACHE)
@@ -32,6 +43,9 @@ set(GLOAM_CUDA_FLAGS
 foreach(arch ${GLOAM_CUDA_ARCHITECTURES})
   list(APPEND GLOAM_CUDA_FLAGS "SHELL:-gencode arch=compute_${arch},code=sm_${arch}")
 endforeach()
+
+# Everything that only CUDA builds have: tests and benches.
+add_custom_target(gloam_cuda_all)
 
 # Compiles the .cu files of `target` for the chosen GPUs and links the runtime.
 function(gloam_use_cuda target)

@@ -57,3 +57,20 @@ build_preset() {
   }
   cmake --build "build/$preset" --target "$@"
 }
+
+# Whether the machine has a CUDA compiler that the build can use (12.8 or newer).
+nvcc_is_new_enough() {
+  local nvcc version
+  nvcc=$(PATH=$PATH:/usr/local/cuda/bin command -v nvcc) || return 1
+  version=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\.[0-9]*\).*/\1/p')
+  [ "$(printf '%s\n' 12.8 "$version" | sort -V | head -n 1)" = 12.8 ]
+}
+
+# The architectures of this machine's GPUs as nvcc calls them; where there is none, all that the
+# kernels are written for.
+cuda_architectures() {
+  local architectures
+  architectures=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null |
+    sort -u | sed 's/\.//; s/^90$/90a/' | paste -sd ';') || true
+  echo "${architectures:-80;89;90a;100}"
+}
