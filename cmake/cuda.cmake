@@ -7,7 +7,7 @@
 set(GLOAM_FLASHINFER_DIR ${PROJECT_SOURCE_DIR}/third_party/flashinfer)
 # third_party/cuda exists only where no other toolkit was new enough.
 find_program(GLOAM_NVCC nvcc
-  HINTS ${PROJECT_SOURCE_DIR}/third_party/cuda/bin
+  NO_CACHE HINTS ${PROJECT_SOURCE_DIR}/third_party/cuda/bin
   PATHS /usr/local/cuda/bin)
 if(GLOAM_CUDA STREQUAL "AUTO")
   if(GLOAM_NVCC AND EXISTS ${GLOAM_FLASHINFER_DIR})
