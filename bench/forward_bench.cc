@@ -134,7 +134,8 @@ int Run(const BenchOptions& options) {
   fmt::print("loaded in {:.2f} s, weights {:.1f} MB\n", load_time.count(),
              static_cast<double>(model.weight_bytes()) / 1e6);
   const int max_batch = *std::max_element(options.batches.begin(), options.batches.end());
-  if (const Status status = model.Reserve(std::max(kPrefillTokens, max_batch), max_batch);
+  if (const Status status =
+          ReserveSteps(model, ops, std::max(kPrefillTokens, max_batch), max_batch);
       !status.ok()) {
     fmt::print(stderr, "{}\n", MessageOf(status));
     return 1;

@@ -83,6 +83,7 @@ class ThreadedEngine : public Engine {
 
   int max_model_len() const override { return core_->kv_plan().max_model_len; }
   const ModelConfig& model_config() const override { return core_->model_config(); }
+  const MemoryPlan* memory_plan() const override { return core_->memory_plan(); }
 
   bool failed() const override {
     std::lock_guard lock(mutex_);
@@ -122,7 +123,7 @@ class ThreadedEngine : public Engine {
                                vocab_size);
       }
     }
-    return CheckSparsity(request, core_->kv_plan(), core_->min_prefill_tokens());
+    return CheckSparsity(request, core_->device(), core_->kv_plan(), core_->min_prefill_tokens());
   }
 
   void Push(Command command) { GLOAM_CHECK(commands_.TryPush(std::move(command))); }

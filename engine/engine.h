@@ -13,14 +13,16 @@
 namespace gloam {
 
 class MetricsRegistry;
+struct MemoryPlan;
 
 struct EngineOptions {
   int max_model_len = 0;              // 0: the model's own context length
   int max_num_seqs = 256;             // sequences in one step
   int max_num_batched_tokens = 2048;  // tokens in one step (prefill chunks share it with decode)
   int max_queued_requests = 1024;
-  int64_t num_kv_blocks = 0;  // 0: from kv_cache_bytes
-  int64_t kv_cache_bytes = int64_t{1} << 30;
+  int64_t num_kv_blocks = 0;                  // 0: from kv_cache_bytes
+  int64_t kv_cache_bytes = int64_t{1} << 30;  // 0, on a GPU: what gpu_memory_utilization leaves
+  double gpu_memory_utilization = 0.90;       // of the GPU's memory, what else is in use included
   DType kv_cache_dtype = DType::kBF16;
   bool enable_prefix_caching = true;
   SidecarConfig sidecars;  // kept beside every block: what the enabled policies read
@@ -67,6 +69,7 @@ class Engine {
   virtual EngineStats stats() const = 0;  // any thread
   virtual int max_model_len() const = 0;
   virtual const ModelConfig& model_config() const = 0;
+  virtual const MemoryPlan* memory_plan() const = 0;  // of a GPU; null on the CPU
   virtual bool failed() const = 0;  // a fatal engine error happened; /live answers 503
 
   // Refuses new requests, lets running ones finish until `deadline`, cancels the rest, and returns

@@ -39,6 +39,10 @@ Status CheckOptions(const EngineOptions& options) {
     return InvalidArgument("--max-num-batched-tokens {} is below 1",
                            options.max_num_batched_tokens);
   }
+  if (!(options.gpu_memory_utilization > 0 && options.gpu_memory_utilization <= 1)) {
+    return InvalidArgument("--gpu-memory-utilization {} is not in (0, 1]",
+                           options.gpu_memory_utilization);
+  }
   if (options.max_queued_requests < 1) {
     return InvalidArgument("--max-queued-requests {} is below 1", options.max_queued_requests);
   }
@@ -52,35 +56,51 @@ StatusOr<std::unique_ptr<EngineCore>> EngineCore::Create(const EngineOptions& op
                                                          const Tokenizer& tokenizer,
                                                          MetricsRegistry& metrics) {
   GLOAM_RETURN_IF_ERROR(CheckOptions(options));
-  GLOAM_ASSIGN_OR_RETURN(KvPlan plan, PlanKvCache(options, model->config()));
-  GLOAM_ASSIGN_OR_RETURN(KvCachePool pool,
-                         KvCachePool::Create(ops, plan, model->config().num_layers));
+  GLOAM_RETURN_IF_ERROR(CheckKvDType(options.kv_cache_dtype, ops.device()));
+  GLOAM_ASSIGN_OR_RETURN(const int max_model_len, WantedModelLen(options, model->config()));
 
   SchedulerOptions scheduling;
   scheduling.max_num_batched_tokens = options.max_num_batched_tokens;
   // Every running sequence needs room for its token in each step.
   scheduling.max_num_seqs = std::min(options.max_num_seqs, options.max_num_batched_tokens);
   scheduling.max_score_rows = std::min(kMaxScoreRows, options.max_num_batched_tokens);
-  scheduling.num_blocks = plan.num_blocks;
   scheduling.enable_prefix_caching = options.enable_prefix_caching;
 
+  // The cache gets what is left when everything else is there.
+  const DeviceMemory before_workspaces = ops.memory();
   const ModelRunnerLimits limits = {.max_num_seqs = scheduling.max_num_seqs,
                                     .max_num_batched_tokens = scheduling.max_num_batched_tokens,
                                     .max_score_rows = scheduling.max_score_rows,
-                                    .max_model_len = plan.max_model_len};
-  GLOAM_ASSIGN_OR_RETURN(ModelRunner runner,
-                         ModelRunner::Create(limits, ops, *model, pool.layers(), pool.sidecars()));
+                                    .max_model_len = max_model_len};
+  GLOAM_ASSIGN_OR_RETURN(ModelRunner runner, ModelRunner::Create(limits, ops, *model));
+  std::optional<MemoryPlan> memory;
+  if (ops.device() == Device::kCuda) {
+    memory = PlanMemory(options.gpu_memory_utilization, model->weight_bytes(), before_workspaces,
+                        ops.memory());
+  }
+  GLOAM_ASSIGN_OR_RETURN(const KvPlan plan,
+                         PlanKvCache(options, model->config(), memory ? &*memory : nullptr));
+  if (memory) {
+    memory->sidecar_bytes = plan.num_blocks * plan.sidecar_bytes_per_block;
+    memory->kv_bytes = plan.num_blocks * plan.bytes_per_block - memory->sidecar_bytes;
+  }
+  scheduling.num_blocks = plan.num_blocks;
+  GLOAM_ASSIGN_OR_RETURN(KvCachePool pool,
+                         KvCachePool::Create(ops, plan, model->config().num_layers));
+  runner.SetCache(pool.layers(), pool.sidecars());
   GLOAM_RETURN_IF_ERROR(runner.WarmUp());
   metrics.SetCacheConfig(kBlockTokens, plan.num_blocks);
-  return std::unique_ptr<EngineCore>(new EngineCore(scheduling, plan, ops, std::move(model),
+  return std::unique_ptr<EngineCore>(new EngineCore(scheduling, plan, memory, ops, std::move(model),
                                                     tokenizer, metrics, std::move(pool),
                                                     std::move(runner)));
 }
 
-EngineCore::EngineCore(const SchedulerOptions& options, const KvPlan& kv_plan, Ops& ops,
+EngineCore::EngineCore(const SchedulerOptions& options, const KvPlan& kv_plan,
+                       const std::optional<MemoryPlan>& memory_plan, Ops& ops,
                        std::unique_ptr<Model> model, const Tokenizer& tokenizer,
                        MetricsRegistry& metrics, KvCachePool kv_pool, ModelRunner runner)
     : kv_plan_(kv_plan),
+      memory_plan_(memory_plan),
       min_prefill_tokens_(std::max(1, options.max_num_batched_tokens - options.max_num_seqs + 1)),
       ops_(ops),
       model_(std::move(model)),

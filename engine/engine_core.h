@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <set>
 #include <utility>
@@ -74,16 +75,19 @@ class EngineCore {
   int64_t num_requests_started() const { return num_requests_started_; }  // or ended before
   int64_t num_requests_ended() const { return num_requests_ended_; }
 
+  Device device() const { return ops_.device(); }
   const KvPlan& kv_plan() const { return kv_plan_; }
+  const MemoryPlan* memory_plan() const { return memory_plan_ ? &*memory_plan_ : nullptr; }
   // Prompt tokens that fit a step however many sequences decode.
   int min_prefill_tokens() const { return min_prefill_tokens_; }
   const ModelConfig& model_config() const { return model_->config(); }
   [[nodiscard]] Status CheckIntegrity() const { return scheduler_.CheckIntegrity(); }
 
  private:
-  EngineCore(const SchedulerOptions& options, const KvPlan& kv_plan, Ops& ops,
-             std::unique_ptr<Model> model, const Tokenizer& tokenizer, MetricsRegistry& metrics,
-             KvCachePool kv_pool, ModelRunner runner);
+  EngineCore(const SchedulerOptions& options, const KvPlan& kv_plan,
+             const std::optional<MemoryPlan>& memory_plan, Ops& ops, std::unique_ptr<Model> model,
+             const Tokenizer& tokenizer, MetricsRegistry& metrics, KvCachePool kv_pool,
+             ModelRunner runner);
 
   void NoteStarts(const StepPlan& plan);
   void ScorePrompts(const StepPlan& plan, const TensorView& logits);
@@ -97,6 +101,7 @@ class EngineCore {
   void PublishStats();
 
   const KvPlan kv_plan_;
+  const std::optional<MemoryPlan> memory_plan_;  // on a GPU
   const int min_prefill_tokens_;
   Ops& ops_;
   const std::unique_ptr<Model> model_;

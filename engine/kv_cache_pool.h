@@ -10,6 +10,7 @@
 
 #include "base/status.h"
 #include "engine/engine.h"
+#include "engine/memory_plan.h"
 #include "kernels/ops.h"
 #include "models/model_config.h"
 
@@ -20,15 +21,25 @@ struct KvPlan {
   SidecarConfig sidecars;
   int64_t num_blocks = 0;
   int64_t bytes_per_block = 0;  // over all layers, sidecars included
-  int max_model_len = 0;        // tokens of one request, prompt and answer
+  int64_t sidecar_bytes_per_block = 0;
+  int max_model_len = 0;  // tokens of one request, prompt and answer
 
   int64_t num_tokens() const { return num_blocks * kBlockTokens; }
 };
 
+// Whether the cache on `device` may hold elements of `dtype`. Errors: kInvalidArgument naming the
+// flag.
+[[nodiscard]] Status CheckKvDType(DType dtype, Device device);
+
+// How long a request may get before memory is considered. Errors: kInvalidArgument naming the flag.
+[[nodiscard]] StatusOr<int> WantedModelLen(const EngineOptions& options, const ModelConfig& config);
+
 // How many blocks, and how long one request may get. A context that the user did not ask for is
-// lowered to what fits, with a line in the log. Errors: kInvalidArgument naming the flag,
-// kResourceExhausted saying what would fit.
-[[nodiscard]] StatusOr<KvPlan> PlanKvCache(const EngineOptions& options, const ModelConfig& config);
+// lowered to what fits, with a line in the log. `memory`: the GPU's, which then says how much there
+// is for the cache where the options do not; null: the CPU's. Errors: kInvalidArgument naming the
+// flag, kResourceExhausted saying what would fit.
+[[nodiscard]] StatusOr<KvPlan> PlanKvCache(const EngineOptions& options, const ModelConfig& config,
+                                           const MemoryPlan* memory = nullptr);
 
 class KvCachePool {
  public:

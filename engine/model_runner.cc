@@ -15,87 +15,99 @@ constexpr int kTrueMassInterval = 16;
 
 }  // namespace
 
-ModelRunner::ModelRunner(const ModelRunnerLimits& limits, Model& model,
-                         std::span<const KvLayerView> kv,
-                         std::span<const SidecarLayerView> sidecars)
+ModelRunner::ModelRunner(const ModelRunnerLimits& limits, Ops& ops, Model& model,
+                         StagedBuffer arrays, StagedBlockTables block_tables)
     : limits_(limits),
+      ops_(&ops),
       model_(&model),
-      kv_(kv),
-      sidecars_(sidecars),
-      max_blocks_per_seq_(BlocksFor(limits.max_model_len)),
-      block_rows_(limits.max_num_seqs) {
+      arrays_(std::move(arrays)),
+      block_tables_(std::move(block_tables)),
+      repeated_logits_(limits.max_num_seqs + 1) {
   sparse_first_layers_.seqs = std::make_unique<bool[]>(limits.max_num_seqs);
   sparse_.seqs = std::make_unique<bool[]>(limits.max_num_seqs);
 }
 
-StatusOr<ModelRunner> ModelRunner::Create(const ModelRunnerLimits& limits, Ops& ops, Model& model,
-                                          std::span<const KvLayerView> kv,
-                                          std::span<const SidecarLayerView> sidecars) {
-  GLOAM_CHECK(ops.device() == Device::kCpu);  // another device needs staging and copies
-  const int max_logit_rows = limits.max_num_seqs + limits.max_score_rows;
-  GLOAM_RETURN_IF_ERROR(model.Reserve(limits.max_num_batched_tokens, max_logit_rows));
+StatusOr<ModelRunner> ModelRunner::Create(const ModelRunnerLimits& limits, Ops& ops, Model& model) {
+  const StepShape largest = {.num_seqs = limits.max_num_seqs,
+                             .num_tokens = limits.max_num_batched_tokens,
+                             .num_logit_rows = limits.max_num_seqs + limits.max_score_rows};
+  const ModelConfig& config = model.config();
+  GLOAM_RETURN_IF_ERROR(model.Reserve(largest.num_tokens, largest.num_logit_rows));
+  GLOAM_RETURN_IF_ERROR(ops.Reserve({.max_tokens = largest.num_tokens,
+                                     .max_seqs = largest.num_seqs,
+                                     .max_context = limits.max_model_len,
+                                     .max_logit_rows = largest.num_logit_rows,
+                                     .num_heads = config.num_heads,
+                                     .num_kv_heads = config.num_kv_heads,
+                                     .head_dim = config.head_dim,
+                                     .hidden_size = config.hidden_size,
+                                     .intermediate_size = config.intermediate_size,
+                                     .vocab_size = config.vocab_size}));
+  GLOAM_ASSIGN_OR_RETURN(StagedBuffer arrays,
+                         ops.AllocateStaged(StepArrays::At(nullptr, largest).bytes));
+  GLOAM_ASSIGN_OR_RETURN(
+      StagedBlockTables block_tables,
+      StagedBlockTables::Create(ops, limits.max_num_seqs, BlocksFor(limits.max_model_len)));
+  return ModelRunner(limits, ops, model, std::move(arrays), std::move(block_tables));
+}
 
-  ModelRunner runner(limits, model, kv, sidecars);
-  const auto allocate = [&ops](auto& array, int64_t num_elements) {
-    StatusOr<Buffer> buffer = ops.Allocate(num_elements * sizeof(*array.data()));
-    if (buffer.ok()) array.buffer = std::move(buffer).value();
-    return buffer.status();
-  };
-  GLOAM_RETURN_IF_ERROR(allocate(runner.token_ids_, limits.max_num_batched_tokens));
-  GLOAM_RETURN_IF_ERROR(allocate(runner.positions_, limits.max_num_batched_tokens));
-  GLOAM_RETURN_IF_ERROR(allocate(runner.slot_mapping_, limits.max_num_batched_tokens));
-  GLOAM_RETURN_IF_ERROR(allocate(runner.cu_seqlens_, limits.max_num_seqs + 1));
-  GLOAM_RETURN_IF_ERROR(allocate(runner.context_lens_, limits.max_num_seqs));
-  GLOAM_RETURN_IF_ERROR(
-      allocate(runner.block_tables_, int64_t{limits.max_num_seqs} * runner.max_blocks_per_seq_));
-  GLOAM_RETURN_IF_ERROR(allocate(runner.logit_rows_, max_logit_rows));
-  return runner;
+void ModelRunner::SetCache(std::span<const KvLayerView> kv,
+                           std::span<const SidecarLayerView> sidecars) {
+  kv_ = kv;
+  sidecars_ = sidecars;
+}
+
+bool ModelRunner::Repeats(const StepPlan& plan) const {
+  const auto num_seqs = static_cast<int>(plan.sequences.size());
+  return ops_->device() == Device::kCuda && plan.num_tokens == num_seqs &&
+         plan.num_sample_rows == num_seqs && plan.num_score_rows == 0 && sparse_.rows.empty() &&
+         votes_.empty();
 }
 
 ModelRunner::Logits ModelRunner::Forward(const StepPlan& plan) {
   const int num_seqs = static_cast<int>(plan.sequences.size());
+  GLOAM_CHECK(!kv_.empty());
   GLOAM_CHECK(num_seqs >= 1 && num_seqs <= limits_.max_num_seqs);
   GLOAM_CHECK(plan.num_tokens <= limits_.max_num_batched_tokens);
   GLOAM_CHECK(plan.num_score_rows <= limits_.max_score_rows);
 
-  int token = 0;
-  int score_row = 0;
-  int sample_row = plan.num_score_rows;
-  for (int row = 0; row < num_seqs; ++row) {
-    const ScheduledSequence& scheduled = plan.sequences[row];
-    cu_seqlens_.data()[row] = token;
-    context_lens_.data()[row] = scheduled.sequence->num_computed + scheduled.num_tokens;
-    FillTokens(scheduled, token);
-    FillBlockTable(row, scheduled.sequence->table);
-    for (int i = 0; i < scheduled.num_score_rows; ++i) {
-      logit_rows_.data()[score_row++] = token + scheduled.first_score_row + i;
-    }
-    token += scheduled.num_tokens;
-    if (scheduled.samples) logit_rows_.data()[sample_row++] = token - 1;
+  FillSparsity(plan);
+  const bool repeats = Repeats(plan);
+  StepShape shape = {.num_seqs = num_seqs,
+                     .num_tokens = plan.num_tokens,
+                     .num_logit_rows = plan.num_score_rows + plan.num_sample_rows};
+  if (repeats) {
+    const int padded = PaddedDecodeSeqs(num_seqs, limits_.max_num_seqs);
+    shape = {.num_seqs = padded, .num_tokens = padded, .num_logit_rows = padded};
   }
-  cu_seqlens_.data()[num_seqs] = token;
-  GLOAM_CHECK(token == plan.num_tokens);
+  ops_->BeginStep();
+  host_ = StepArrays::At(arrays_.host_data(), shape);
+  FillArrays(plan, shape);
+  ops_->Stage(arrays_, 0, host_.bytes);
+  block_tables_.Stage(*ops_);
 
+  const StepArrays device = StepArrays::At(arrays_.device_data(), shape);
   ForwardBatch batch;
-  batch.seqs = {.num_seqs = num_seqs,
-                .num_tokens = plan.num_tokens,
-                .max_blocks_per_seq = max_blocks_per_seq_,
-                .positions = positions_.data(),
-                .slot_mapping = slot_mapping_.data(),
-                .cu_seqlens = cu_seqlens_.data(),
-                .context_lens = context_lens_.data(),
-                .block_tables = block_tables_.data()};
-  batch.token_ids = token_ids_.data();
-  batch.logit_rows = logit_rows_.data();
-  batch.num_logit_rows = plan.num_score_rows + plan.num_sample_rows;
+  batch.seqs = {.num_seqs = shape.num_seqs,
+                .num_tokens = shape.num_tokens,
+                .max_blocks_per_seq = block_tables_.max_blocks_per_seq(),
+                .positions = device.positions,
+                .slot_mapping = device.slot_mapping,
+                .cu_seqlens = device.cu_seqlens,
+                .context_lens = device.context_lens,
+                .block_tables = block_tables_.device(),
+                .host_cu_seqlens = host_.cu_seqlens,
+                .host_context_lens = host_.context_lens};
+  batch.token_ids = device.token_ids;
+  batch.logit_rows = device.logit_rows;
+  batch.num_logit_rows = shape.num_logit_rows;
   batch.kv = kv_;
   batch.sidecars = sidecars_;
-  FillSparsity(plan);
   batch.sparse_first_layers = sparse_first_layers_.tokens();
   batch.sparse = sparse_.tokens();
   batch.votes = votes_;
   batch.sparse_stats = sparse_stats_.data();
-  const TensorView logits = model_->Forward(batch);
+  const TensorView logits = RunModel(batch, repeats);
   for (const PromptVote& vote : votes_) vote.compressed->complete = true;
 
   Logits result;
@@ -103,22 +115,63 @@ ModelRunner::Logits ModelRunner::Forward(const StepPlan& plan) {
                      .stats = sparse_stats_.data(),
                      .num_layers = model_->config().num_layers,
                      .num_kv_heads = model_->config().num_kv_heads};
-  if (batch.num_logit_rows == 0) return result;
-  GLOAM_CHECK(logits.shape[0] == batch.num_logit_rows);
+  if (shape.num_logit_rows == 0) return result;
+  GLOAM_CHECK(logits.shape[0] == shape.num_logit_rows);
   result.score = logits.Rows(0, plan.num_score_rows);
   result.sample = logits.Rows(plan.num_score_rows, plan.num_sample_rows);
   return result;
+}
+
+TensorView ModelRunner::RunModel(const ForwardBatch& batch, bool repeats) {
+  if (!repeats) return model_->Forward(batch);
+  // A step that is repeated without the model leaves its logits where they were before.
+  TensorView& logits = repeated_logits_[batch.seqs.num_seqs];
+  ops_->Repeat(static_cast<uint64_t>(batch.seqs.num_seqs),
+               [&] { logits = model_->Forward(batch); });
+  return logits;
+}
+
+void ModelRunner::FillArrays(const StepPlan& plan, const StepShape& shape) {
+  int row = 0;
+  int token = 0;
+  int score_row = 0;
+  int sample_row = plan.num_score_rows;
+  for (const ScheduledSequence& scheduled : plan.sequences) {
+    host_.cu_seqlens[row] = token;
+    host_.context_lens[row] = scheduled.sequence->num_computed + scheduled.num_tokens;
+    FillTokens(scheduled, token);
+    block_tables_.Fill(row, scheduled.sequence->table);
+    for (int i = 0; i < scheduled.num_score_rows; ++i) {
+      host_.logit_rows[score_row++] = token + scheduled.first_score_row + i;
+    }
+    token += scheduled.num_tokens;
+    if (scheduled.samples) host_.logit_rows[sample_row++] = token - 1;
+    ++row;
+  }
+  GLOAM_CHECK(token == plan.num_tokens);
+  // Padding: sequences of one token that attend to nothing and leave nothing in the cache.
+  for (; row < shape.num_seqs; ++row, ++token) {
+    host_.cu_seqlens[row] = token;
+    host_.context_lens[row] = 0;
+    host_.token_ids[token] = 0;
+    host_.positions[token] = 0;
+    host_.slot_mapping[token] = -1;
+    host_.logit_rows[row] = token;
+  }
+  host_.cu_seqlens[shape.num_seqs] = token;
 }
 
 void ModelRunner::FillSparsity(const StepPlan& plan) {
   sparse_.rows.clear();
   sparse_first_layers_.rows.clear();
   votes_.clear();
+  int next_token = 0;
   for (size_t seq = 0; seq < plan.sequences.size(); ++seq) {
     const Sequence& sequence = *plan.sequences[seq].sequence;
     const int begin = sequence.num_computed;
     const int end = begin + plan.sequences[seq].num_tokens;
-    const int first_token = cu_seqlens_.data()[seq];
+    const int first_token = next_token;
+    next_token += plan.sequences[seq].num_tokens;
     const bool sparse = begin >= sequence.first_sparse_token;
     const bool in_first_layers = sparse && !sequence.policy->skip_first_two_layers;
     sparse_.seqs[seq] = sparse;
@@ -153,19 +206,21 @@ void ModelRunner::FillTokens(const ScheduledSequence& scheduled, int first_token
   for (int i = 0; i < scheduled.num_tokens; ++i) {
     const int position = sequence.num_computed + i;
     const int64_t block = sequence.table.blocks[position / kBlockTokens];
-    token_ids_.data()[first_token + i] = sequence.tokens[position];
-    positions_.data()[first_token + i] = position;
-    slot_mapping_.data()[first_token + i] = block * kBlockTokens + position % kBlockTokens;
+    host_.token_ids[first_token + i] = sequence.tokens[position];
+    host_.positions[first_token + i] = position;
+    host_.slot_mapping[first_token + i] = block * kBlockTokens + position % kBlockTokens;
   }
 }
 
-void ModelRunner::FillBlockTable(int row, const BlockTable& table) {
-  GLOAM_CHECK(static_cast<int>(table.blocks.size()) <= max_blocks_per_seq_);
-  BlockRow& filled = block_rows_[row];
-  if (filled.version != table.version) filled = {.version = table.version, .num_blocks = 0};
-  int32_t* out = block_tables_.data() + int64_t{row} * max_blocks_per_seq_;
-  std::copy(table.blocks.begin() + filled.num_blocks, table.blocks.end(), out + filled.num_blocks);
-  filled.num_blocks = table.blocks.size();
+bool ModelRunner::IsFinite(Sequence& sequence, int num_tokens) {
+  StepPlan plan;
+  plan.num_tokens = num_tokens;
+  plan.num_sample_rows = 1;
+  plan.sequences.push_back({.sequence = &sequence, .num_tokens = num_tokens, .samples = true});
+  const TensorView logits = Forward(plan).sample;
+  std::vector<float> row(logits.num_elements());
+  ops_->Download(row.data(), logits.data, row.size() * sizeof(float));
+  return std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); });
 }
 
 Status ModelRunner::WarmUp() {
@@ -173,16 +228,14 @@ Status ModelRunner::WarmUp() {
   sequence.tokens.assign(
       std::min({kBlockTokens, limits_.max_num_batched_tokens, limits_.max_model_len}), 0);
   sequence.table.blocks = {0};
-  StepPlan plan;
-  plan.num_tokens = static_cast<int>(sequence.tokens.size());
-  plan.num_sample_rows = 1;
-  plan.sequences.push_back({.sequence = &sequence, .num_tokens = plan.num_tokens, .samples = true});
-  const TensorView logits = Forward(plan).sample;
-  block_rows_[0] = {};
-  const float* row = logits.Data<float>();
-  if (!std::all_of(row, row + logits.num_elements(), [](float x) { return std::isfinite(x); })) {
-    return Internal("the model's first forward pass gave logits that are not finite");
+  bool finite = IsFinite(sequence, static_cast<int>(sequence.tokens.size()));
+  // What decoding needs is loaded, and the step recorded, before a request waits for it.
+  sequence.num_computed = static_cast<int>(sequence.tokens.size()) - 1;
+  for (int i = 0; i < 2 && ops_->device() == Device::kCuda; ++i) {
+    finite = IsFinite(sequence, 1) && finite;
   }
+  block_tables_.Forget(0);
+  if (!finite) return Internal("the model's first forward pass gave logits that are not finite");
   return OkStatus();
 }
 

@@ -1,5 +1,7 @@
-// ModelRunner: turns a step's plan into the model's input arrays, which are allocated once, and
-// runs the forward pass. Owned by EngineCore; engine thread only.
+// ModelRunner: turns a step's plan into the model's input arrays, which lie in memory that is
+// allocated once, and runs the forward pass. On a GPU, steps that only decode are recorded and
+// repeated: the batch is padded to one of a few sizes, and everything else is read from the arrays.
+// Owned by EngineCore; engine thread only.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +12,8 @@
 #include "base/status.h"
 #include "engine/scheduler.h"
 #include "engine/sparsity.h"
+#include "engine/staged_block_tables.h"
+#include "engine/step_arrays.h"
 #include "kernels/ops.h"
 #include "models/model.h"
 
@@ -24,10 +28,14 @@ struct ModelRunnerLimits {
 
 class ModelRunner {
  public:
-  // Everything passed by reference must outlive the runner. Errors: kResourceExhausted.
+  // Makes room in `ops` and `model`, which must outlive the runner, for steps within `limits`.
+  // Errors: kResourceExhausted.
   [[nodiscard]] static StatusOr<ModelRunner> Create(const ModelRunnerLimits& limits, Ops& ops,
-                                                    Model& model, std::span<const KvLayerView> kv,
-                                                    std::span<const SidecarLayerView> sidecars);
+                                                    Model& model);
+
+  // The cache that steps write and read, to be set once, before the first; what the views point to
+  // must outlive the runner.
+  void SetCache(std::span<const KvLayerView> kv, std::span<const SidecarLayerView> sidecars);
 
   // Valid until the next Forward.
   struct Logits {
@@ -38,25 +46,12 @@ class ModelRunner {
   Logits Forward(const StepPlan& plan);
 
   // Position in its sequence of a token of the last Forward's batch.
-  int Position(int token) const { return positions_.data()[token]; }
+  int Position(int token) const { return host_.positions[token]; }
 
-  // One real forward pass over block 0. Errors: kInternal when its logits are not finite.
+  // Real forward passes over block 0. Errors: kInternal when their logits are not finite.
   [[nodiscard]] Status WarmUp();
 
  private:
-  // An array in device memory that is filled anew in each step. The CPU backend's memory is the
-  // host's, so the host writes it in place.
-  template <typename T>
-  struct StepArray {
-    Buffer buffer;
-    T* data() const { return static_cast<T*>(buffer.data()); }
-  };
-  // What a row of block_tables_ holds already, so that a row that stays only gets its new blocks.
-  struct BlockRow {
-    uint64_t version = 0;
-    size_t num_blocks = 0;
-  };
-
   // The sparse rows of a layer, and which sequences they make up.
   struct SparsePlan {
     std::vector<SparseRow> rows;
@@ -64,25 +59,25 @@ class ModelRunner {
     SparseTokens tokens() const { return {rows, seqs.get()}; }
   };
 
-  ModelRunner(const ModelRunnerLimits& limits, Model& model, std::span<const KvLayerView> kv,
-              std::span<const SidecarLayerView> sidecars);
-  void FillSparsity(const StepPlan& plan);
+  ModelRunner(const ModelRunnerLimits& limits, Ops& ops, Model& model, StagedBuffer arrays,
+              StagedBlockTables block_tables);
+  bool Repeats(const StepPlan& plan) const;
+  void FillArrays(const StepPlan& plan, const StepShape& shape);
   void FillTokens(const ScheduledSequence& scheduled, int first_token);
-  void FillBlockTable(int row, const BlockTable& table);
+  void FillSparsity(const StepPlan& plan);
+  TensorView RunModel(const ForwardBatch& batch, bool repeats);
+  // One step of `sequence`'s next `num_tokens`; whether its logits are finite.
+  bool IsFinite(Sequence& sequence, int num_tokens);
 
   ModelRunnerLimits limits_;
+  Ops* ops_;
   Model* model_;
   std::span<const KvLayerView> kv_;
   std::span<const SidecarLayerView> sidecars_;
-  int max_blocks_per_seq_;
-  StepArray<int32_t> token_ids_;      // [max_num_batched_tokens]
-  StepArray<int32_t> positions_;      // [max_num_batched_tokens]
-  StepArray<int64_t> slot_mapping_;   // [max_num_batched_tokens]
-  StepArray<int32_t> cu_seqlens_;     // [max_num_seqs + 1]
-  StepArray<int32_t> context_lens_;   // [max_num_seqs]
-  StepArray<int32_t> block_tables_;   // [max_num_seqs, max_blocks_per_seq]
-  StepArray<int32_t> logit_rows_;     // [max_num_seqs + max_score_rows], scores first
-  std::vector<BlockRow> block_rows_;  // [max_num_seqs]
+  StagedBuffer arrays_;
+  StepArrays host_;  // of the last step, in `arrays_`
+  StagedBlockTables block_tables_;
+  std::vector<TensorView> repeated_logits_;  // [max_num_seqs + 1] of repeated steps, by their size
   SparsePlan sparse_first_layers_;
   SparsePlan sparse_;
   std::vector<PromptVote> votes_;

@@ -4,16 +4,19 @@
 #include <memory>
 
 #include "models/attention/policy_json.h"
+#include "models/attention/policy_registry.h"
 
 namespace gloam {
 
-Status CheckSparsity(const Request& request, const KvPlan& plan, int max_prefill_tokens) {
+Status CheckSparsity(const Request& request, Device device, const KvPlan& plan,
+                     int max_prefill_tokens) {
   const auto num_prompt = static_cast<int>(request.prompt.size());
   if (request.num_decoded_prompt_tokens < 0 || request.num_decoded_prompt_tokens >= num_prompt) {
     return InvalidArgument("{} decoded prompt tokens are not in [0, {}), the prompt's length",
                            request.num_decoded_prompt_tokens, num_prompt);
   }
   if (request.sparsity == nullptr) return OkStatus();
+  if (device != Device::kCpu) return PolicyKeyError("policy", kCpuOnlyPolicy);
   const SparsityPolicy& policy = *request.sparsity;
   if (!Covers(plan.sidecars, SidecarsOf(policy))) {
     return InvalidArgument("the policy \"{}\" reads sidecars that this engine does not keep",

@@ -14,8 +14,8 @@
 
 namespace gloam {
 
-// Whether the engine can run the request's policy. Errors: kInvalidArgument.
-[[nodiscard]] Status CheckSparsity(const Request& request, const KvPlan& plan,
+// Whether the engine can run the request's policy on `device`. Errors: kInvalidArgument.
+[[nodiscard]] Status CheckSparsity(const Request& request, Device device, const KvPlan& plan,
                                    int max_prefill_tokens);
 
 // Sets the fields of `sequence` that follow from the request's policy. Tokens run sparse from the

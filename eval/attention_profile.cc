@@ -69,8 +69,8 @@ StatusOr<AttentionProfile> RecordProfile(Model& model, ProfilingOps& ops,
                                     .max_num_batched_tokens = kChunkTokens,
                                     .max_score_rows = 1,
                                     .max_model_len = options.context};
-  GLOAM_ASSIGN_OR_RETURN(ModelRunner runner,
-                         ModelRunner::Create(limits, ops, model, pool.layers(), pool.sidecars()));
+  GLOAM_ASSIGN_OR_RETURN(ModelRunner runner, ModelRunner::Create(limits, ops, model));
+  runner.SetCache(pool.layers(), pool.sidecars());
 
   Sequence sequence;
   sequence.tokens.assign(tokens.begin(), tokens.begin() + options.context);

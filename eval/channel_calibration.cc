@@ -96,8 +96,8 @@ StatusOr<nlohmann::ordered_json> CalibrateChannels(Model& model, ChannelSums& su
                                     .max_num_batched_tokens = kChunkTokens,
                                     .max_score_rows = 1,
                                     .max_model_len = context};
-  GLOAM_ASSIGN_OR_RETURN(ModelRunner runner,
-                         ModelRunner::Create(limits, sums, model, pool.layers(), pool.sidecars()));
+  GLOAM_ASSIGN_OR_RETURN(ModelRunner runner, ModelRunner::Create(limits, sums, model));
+  runner.SetCache(pool.layers(), pool.sidecars());
 
   sums.Begin(config.num_layers);
   for (size_t first = 0; first + context <= tokens.size(); first += context) {

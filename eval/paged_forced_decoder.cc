@@ -41,8 +41,8 @@ StatusOr<std::unique_ptr<PagedForcedDecoder>> PagedForcedDecoder::Create(
       .max_num_batched_tokens = std::max({kChunk, limits.max_rows, window_blocks * kBlockTokens}),
       .max_score_rows = 0,
       .max_model_len = RoundUpToBlocks(max_len)};
-  GLOAM_ASSIGN_OR_RETURN(ModelRunner runner, ModelRunner::Create(runner_limits, ops, model,
-                                                                 pool.layers(), pool.sidecars()));
+  GLOAM_ASSIGN_OR_RETURN(ModelRunner runner, ModelRunner::Create(runner_limits, ops, model));
+  runner.SetCache(pool.layers(), pool.sidecars());
   return std::unique_ptr<PagedForcedDecoder>(new PagedForcedDecoder(
       limits, model, std::move(pool), std::move(runner), static_cast<int>(plan.num_blocks)));
 }

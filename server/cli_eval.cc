@@ -129,7 +129,17 @@ StatusOr<std::pair<fs::path, std::string>> FindModel(const std::string& model) {
   return std::pair(resolved.path, name);
 }
 
+// Errors: kInvalidArgument where the settings ask for more than this command has.
+Status CheckRunsOnCpu(const ServeOptions& options) {
+  if (options.device == "cuda") return InvalidArgument("--device cuda: this runs on the CPU only");
+  if (options.kv_cache_dtype == "fp8") {
+    return InvalidArgument("--kv-cache-dtype fp8: this runs on the CPU only");
+  }
+  return OkStatus();
+}
+
 StatusOr<std::string> RunForced(const EvalOptions& options) {
+  GLOAM_RETURN_IF_ERROR(CheckRunsOnCpu(options.model));
   GLOAM_ASSIGN_OR_RETURN(const auto policies,
                          ReadEvalPolicies(options.policies, BuiltinEvalPolicies()));
   GLOAM_ASSIGN_OR_RETURN(const auto found, FindModel(options.model.model));
@@ -156,6 +166,7 @@ StatusOr<std::string> RunForced(const EvalOptions& options) {
 }
 
 Status Calibrate(const CalibrateOptions& options) {
+  GLOAM_RETURN_IF_ERROR(CheckRunsOnCpu(options.model));
   GLOAM_ASSIGN_OR_RETURN(const auto found, FindModel(options.model.model));
   const auto ops = MakeCpuOps(CpuOptionsOf(options.model));
   ChannelSums sums(*ops);

@@ -9,6 +9,7 @@
 #include "boost/version.hpp"
 #include "google/protobuf/stubs/common.h"
 #include "grpcpp/grpcpp.h"
+#include "kernels/cuda_info.h"
 #include "models/catalog.h"
 #include "models/inspect.h"
 #include "models/pull.h"
@@ -104,6 +105,7 @@ int RunDoctor(const ServeOptions& options) {
   Row("memory", fmt::format("{:.1f} GiB free of {:.1f} GiB",
                             static_cast<double>(AvailableMemoryBytes()) / kGibibyte,
                             static_cast<double>(TotalMemoryBytes()) / kGibibyte));
+  for (const auto& [name, fact] : DescribeCuda()) Row(name.c_str(), fact);
   Row("open files", fmt::format("up to {}", RaiseFileDescriptorLimit()));
   for (const int port : {options.port, options.grpc_port}) {
     Row("port", fmt::format("{}:{} is {}", options.host, port,

@@ -275,6 +275,8 @@ StatusOr<std::unique_ptr<TextGenerator>> MakeLocalGenerator(
   options.sparsity = std::string(kDensePolicy);
   options.sparsity_dir = folder->path();
   options.sparsity_policies = folder->names().empty() ? options.sparsity : folder->names();
+  // Policies are served on the CPU only so far.
+  if (options.device == "auto" && !folder->names().empty()) options.device = "cpu";
   GLOAM_ASSIGN_OR_RETURN(auto model, LocalModel::Load(options));
   return std::make_unique<LocalGenerator>(std::move(model), options);
 }

@@ -9,6 +9,9 @@
 #include <sstream>
 #include <utility>
 
+#include "base/logging.h"
+#include "engine/kv_cache_pool.h"
+#include "engine/memory_plan.h"
 #include "models/catalog.h"
 #include "models/pull.h"
 #include "models/pull_printer.h"
@@ -75,47 +78,102 @@ int64_t DefaultKvCacheBytes() {
 
 DType KvDType(std::string_view name) {
   if (name == "f32") return DType::kF32;
+  if (name == "fp8") return DType::kF8E4M3;
   return name == "bf16" ? DType::kBF16 : DType::kF16;
+}
+
+constexpr int kCpuBatchedTokens = 2048;
+constexpr int kGpuBatchedTokens = 8192;
+
+// Errors: kInvalidArgument naming the setting that the device has no use for.
+Status CheckDeviceSettings(const ServeOptions& options, Device device) {
+  if (options.kv_cache_dtype != "auto") {
+    GLOAM_RETURN_IF_ERROR(CheckKvDType(KvDType(options.kv_cache_dtype), device));
+  }
+  if (device == Device::kCuda) return OkStatus();
+  if (options.quantization == "fp8") return InvalidArgument("--quantization fp8 needs a GPU");
+  if (options.dtype == "bfloat16") {
+    return InvalidArgument("--dtype bfloat16 needs a GPU; the CPU has --activations");
+  }
+  return OkStatus();
+}
+
+// The backend of --device. Auto: a GPU where one can be used.
+StatusOr<std::unique_ptr<Ops>> MakeOps(const ServeOptions& options) {
+  if (options.device != "cpu") {
+    auto gpu = MakeCudaOps(
+        {.batch_invariant = options.batch_invariant, .fp8_weights = options.quantization == "fp8"});
+    if (gpu.ok()) {
+      SPDLOG_INFO("--device {}: {}", options.device, (*gpu)->DeviceName());
+      return gpu;
+    }
+    if (options.device == "cuda") {
+      return Status(gpu.status().code(), fmt::format("--device cuda: {}", MessageOf(gpu.status())));
+    }
+    SPDLOG_INFO("--device auto: the CPU, because: {}", MessageOf(gpu.status()));
+  }
+  return MakeCpuOps(
+      {.num_threads = options.threads,
+       .activations = options.activations == "f32" ? CpuActivations::kF32 : CpuActivations::kInt8});
 }
 
 }  // namespace
 
 StatusOr<std::unique_ptr<LocalModel>> LocalModel::Load(const ServeOptions& options) {
+  std::unique_ptr<LocalModel> local(new LocalModel());
+  try {
+    GLOAM_RETURN_IF_ERROR(local->Start(options));
+  } catch (const std::exception& error) {  // a device that failed
+    return Internal("{}", error.what());
+  }
+  return local;
+}
+
+Status LocalModel::Start(const ServeOptions& options) {
   const auto start = std::chrono::steady_clock::now();
   GLOAM_ASSIGN_OR_RETURN(const ResolvedModel resolved, ResolveModel(options.model));
   GLOAM_ASSIGN_OR_RETURN(const std::filesystem::path path, FindOrPull(resolved));
-  std::string name = resolved.entry != nullptr ? resolved.entry->name
-                     : path.extension() == ".gguf"
-                         ? path.stem().string()
-                         : std::filesystem::weakly_canonical(path).filename().string();
+  const std::string name = resolved.entry != nullptr ? resolved.entry->name
+                           : path.extension() == ".gguf"
+                               ? path.stem().string()
+                               : std::filesystem::weakly_canonical(path).filename().string();
 
-  std::unique_ptr<LocalModel> local(new LocalModel());
-  CpuOptions cpu;
-  cpu.num_threads = options.threads;
-  cpu.activations = options.activations == "f32" ? CpuActivations::kF32 : CpuActivations::kInt8;
-  local->ops_ = MakeCpuOps(cpu);
-  local->activations_ = options.activations;
+  GLOAM_ASSIGN_OR_RETURN(ops_, MakeOps(options));
+  GLOAM_RETURN_IF_ERROR(CheckDeviceSettings(options, ops_->device()));
+  compute_ = ops_->device() == Device::kCpu
+                 ? fmt::format("cpu ({}), {} activations", CpuModelName(), options.activations)
+                 : fmt::format("{}, bf16{}{}", ops_->DeviceName(),
+                               options.quantization == "fp8" ? ", fp8 weights" : "",
+                               options.batch_invariant ? ", batch-invariant" : "");
 
   LoadProgress progress(name);
   LoadOptions load;
   load.progress = [&](int64_t done, int64_t total) { progress.Update(done, total); };
-  auto loaded = LoadModel(path, *local->ops_, load);
+  auto loaded = LoadModel(path, *ops_, load);
   progress.Finish();
   if (!loaded.ok()) return loaded.status();
-  local->weight_bytes_ = loaded->model->weight_bytes();
-  local->kv_cache_dtype_ = options.kv_cache_dtype;
-  if (local->kv_cache_dtype_ == "auto") {
-    const bool half = DefaultKvDType(loaded->model->config()) == DType::kF16;
-    local->kv_cache_dtype_ = half ? "f16" : "bf16";
+  GLOAM_RETURN_IF_ERROR(StartEngine(options, name, path, *std::move(loaded)));
+  load_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return OkStatus();
+}
+
+Status LocalModel::StartEngine(const ServeOptions& options, const std::string& name,
+                               const std::filesystem::path& path, LoadedModel loaded) {
+  const bool on_gpu = ops_->device() == Device::kCuda;
+  weight_bytes_ = loaded.model->weight_bytes();
+  kv_cache_dtype_ = options.kv_cache_dtype;
+  if (kv_cache_dtype_ == "auto") {
+    const bool half = DefaultKvDType(loaded.model->config()) == DType::kF16;
+    kv_cache_dtype_ = half ? "f16" : "bf16";
   }
-  local->tokenizer_ = std::move(loaded->tokenizer);
-  GLOAM_ASSIGN_OR_RETURN(local->chat_template_,
-                         MakeChatTemplate(options, loaded->chat_template, *local->tokenizer_));
+  tokenizer_ = std::move(loaded.tokenizer);
+  GLOAM_ASSIGN_OR_RETURN(chat_template_,
+                         MakeChatTemplate(options, loaded.chat_template, *tokenizer_));
 
   GenerationServiceOptions service_options;
   service_options.served_model_names = options.served_model_names;
   if (service_options.served_model_names.empty()) service_options.served_model_names = {name};
-  local->metrics_ = std::make_unique<MetricsRegistry>(service_options.served_model_names.front());
+  metrics_ = std::make_unique<MetricsRegistry>(service_options.served_model_names.front());
 
   PolicyRegistryOptions policies;
   policies.folder = options.sparsity_dir;
@@ -123,29 +181,30 @@ StatusOr<std::unique_ptr<LocalModel>> LocalModel::Load(const ServeOptions& optio
   if (options.sparsity_policies != "all") policies.enabled = SplitCommas(options.sparsity_policies);
   policies.model_name = name;
   policies.model_folder = fs::is_directory(path) ? path : path.parent_path();
+  policies.device = ops_->device();
   GLOAM_ASSIGN_OR_RETURN(PolicyRegistry registry,
-                         PolicyRegistry::Load(policies, loaded->model->config()));
+                         PolicyRegistry::Load(policies, loaded.model->config()));
   service_options.policies = std::make_shared<const PolicyRegistry>(std::move(registry));
 
   EngineOptions engine;
   engine.sidecars = service_options.policies->sidecars();
   engine.max_model_len = options.max_model_len;
   engine.max_num_seqs = options.max_num_seqs;
-  engine.max_num_batched_tokens = options.max_num_batched_tokens;
+  engine.max_num_batched_tokens = options.max_num_batched_tokens > 0
+                                      ? options.max_num_batched_tokens
+                                  : on_gpu ? kGpuBatchedTokens
+                                           : kCpuBatchedTokens;
   engine.max_queued_requests = options.max_queued_requests;
-  engine.kv_cache_bytes =
-      options.kv_cache_memory > 0 ? options.kv_cache_memory : DefaultKvCacheBytes();
-  engine.kv_cache_dtype = KvDType(local->kv_cache_dtype_);
+  engine.kv_cache_bytes = options.kv_cache_memory;
+  if (engine.kv_cache_bytes == 0 && !on_gpu) engine.kv_cache_bytes = DefaultKvCacheBytes();
+  engine.gpu_memory_utilization = options.gpu_memory_utilization;
+  engine.kv_cache_dtype = KvDType(kv_cache_dtype_);
   engine.enable_prefix_caching = options.enable_prefix_caching;
-  GLOAM_ASSIGN_OR_RETURN(local->engine_,
-                         Engine::Create(engine, *local->ops_, std::move(loaded->model),
-                                        *local->tokenizer_, *local->metrics_));
-  local->service_ = std::make_unique<GenerationService>(
-      std::move(service_options), *local->engine_, *local->tokenizer_, local->chat_template_.get(),
-      loaded->generation_defaults);
-  local->load_seconds_ =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  return local;
+  GLOAM_ASSIGN_OR_RETURN(
+      engine_, Engine::Create(engine, *ops_, std::move(loaded.model), *tokenizer_, *metrics_));
+  service_ = std::make_unique<GenerationService>(std::move(service_options), *engine_, *tokenizer_,
+                                                 chat_template_.get(), loaded.generation_defaults);
+  return OkStatus();
 }
 
 std::string LocalModel::Describe() const {
@@ -155,16 +214,20 @@ std::string LocalModel::Describe() const {
   const PolicyRegistry& policies = service_->policies();
   const auto num_usable = std::count_if(policies.policies().begin(), policies.policies().end(),
                                         [](const NamedPolicy& policy) { return policy.usable(); });
-  return fmt::format(
+  std::string text = fmt::format(
       "  model     {} ({}, {} layers, {}/{} heads x {}), context {} tokens\n"
-      "  compute   cpu ({}), {} activations, weights {:.2f} GB, loaded in {:.2f} s\n"
+      "  compute   {}, weights {:.2f} GB, loaded in {:.2f} s\n"
       "  KV cache  {} blocks of {}, {} tokens in {}: {:.1f} requests of full length\n"
       "  sparsity  {} by default, {} of {} policies usable\n",
       service_->model_name(), config.architecture, config.num_layers, config.num_heads,
-      config.num_kv_heads, config.head_dim, engine_->max_model_len(), CpuModelName(), activations_,
+      config.num_kv_heads, config.head_dim, engine_->max_model_len(), compute_,
       static_cast<double>(weight_bytes_) / 1e9, load_seconds_, stats.num_blocks_total, kBlockTokens,
       kv_tokens, kv_cache_dtype_, static_cast<double>(kv_tokens) / engine_->max_model_len(),
       policies.default_name(), num_usable, policies.policies().size());
+  if (engine_->memory_plan() != nullptr) {
+    text += "  memory\n" + engine_->memory_plan()->Table(/*indent=*/12);
+  }
+  return text;
 }
 
 }  // namespace gloam

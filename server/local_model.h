@@ -2,7 +2,7 @@
 // chat template, engine, service. What `serve`, `chat`, `complete` and `bench` start from.
 #pragma once
 
-#include <functional>
+#include <filesystem>
 #include <memory>
 #include <string>
 
@@ -31,6 +31,9 @@ class LocalModel {
 
  private:
   LocalModel() = default;
+  [[nodiscard]] Status Start(const ServeOptions& options);
+  [[nodiscard]] Status StartEngine(const ServeOptions& options, const std::string& name,
+                                   const std::filesystem::path& path, LoadedModel loaded);
 
   // In this order, so that each outlives what uses it.
   std::unique_ptr<Ops> ops_;
@@ -40,7 +43,7 @@ class LocalModel {
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<GenerationService> service_;
   int64_t weight_bytes_ = 0;
-  std::string activations_;
+  std::string compute_;  // the processor and its arithmetic
   std::string kv_cache_dtype_;
   double load_seconds_ = 0;
 };

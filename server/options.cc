@@ -45,7 +45,9 @@ struct Maker {
     return spec;
   }
 
-  void Int(std::string name, int* out, int low, int high, std::string help) {
+  // `zero`: how the value 0, which cannot be given, is shown.
+  void Int(std::string name, int* out, int low, int high, std::string help,
+           std::string zero = "0") {
     OptionSpec& spec = Add(std::move(name), "N", std::move(help));
     spec.set = [out, low, high](const Strings& values) -> Status {
       GLOAM_ASSIGN_OR_RETURN(const int value, ParseNumber<int>(values.back()));
@@ -55,7 +57,19 @@ struct Maker {
       *out = value;
       return OkStatus();
     };
-    spec.get = [out] { return std::to_string(*out); };
+    spec.get = [out, zero] { return *out == 0 ? zero : std::to_string(*out); };
+  }
+
+  // A number in (0, 1].
+  void Share(std::string name, double* out, std::string help) {
+    OptionSpec& spec = Add(std::move(name), "SHARE", std::move(help));
+    spec.set = [out](const Strings& values) -> Status {
+      GLOAM_ASSIGN_OR_RETURN(const double value, ParseNumber<double>(values.back()));
+      if (!(value > 0 && value <= 1)) return InvalidArgument("{} is not in (0, 1]", value);
+      *out = value;
+      return OkStatus();
+    };
+    spec.get = [out] { return fmt::format("{:g}", *out); };
   }
 
   void Bytes(std::string name, int64_t* out, std::string help, std::string zero = "") {
@@ -194,19 +208,35 @@ OptionTable::OptionTable(ServeOptions* o) {
              "Jinja chat template that replaces the model's own");
 
   Maker compute{"Compute and memory", specs_};
-  compute.Choice("device", &o->device, {"auto", "cpu"}, "Where the model runs");
+  compute.Choice("device", &o->device, {"auto", "cpu", "cuda"},
+                 "Where the model runs (auto: on the GPU where there is one)");
   compute.Int("threads", &o->threads, 0, 1024, "Threads of the model's CPU work (0: one per core)");
   compute.Choice("activations", &o->activations, {"int8", "f32"},
                  "Arithmetic of the CPU backend: int8 is fast, f32 is closest to the reference");
-  compute.Choice("kv-cache-dtype", &o->kv_cache_dtype, {"auto", "f16", "bf16", "f32"},
-                 "Type of the KV cache (auto: bf16, or f16 for models with attention biases)");
-  compute.Bytes("kv-cache-memory", &o->kv_cache_memory,
-                "Memory of the KV cache, e.g. 2G (default: a quarter of what is free)", "auto");
+  compute.Choice("dtype", &o->dtype, {"auto", "bfloat16"},
+                 "Type of matrix products on the GPU (auto: bfloat16); sums are fp32");
+  compute.Choice("quantization", &o->quantization, {"none", "fp8"},
+                 "fp8: a GPU keeps 16-bit and 32-bit weights as e4m3 with a scale per row");
+  compute.Flag("batch-invariant", &o->batch_invariant,
+               "Give the same bits on the GPU whatever else is in the batch, as the CPU always "
+               "does; costs speed");
+  compute.Choice("kv-cache-dtype", &o->kv_cache_dtype, {"auto", "f16", "bf16", "f32", "fp8"},
+                 "Type of the KV cache (auto: bf16, or f16 for models with attention biases); "
+                 "f32 on the CPU only, fp8 on a GPU only");
+  compute.Bytes(
+      "kv-cache-memory", &o->kv_cache_memory,
+      "Memory of the KV cache, e.g. 2G (default: on the CPU a quarter of what is free, on "
+      "a GPU what --gpu-memory-utilization leaves)",
+      "auto");
+  compute.Share("gpu-memory-utilization", &o->gpu_memory_utilization,
+                "Share of the GPU's memory to bring into use, that of other programs included");
 
   Maker scheduling{"Scheduling", specs_};
   scheduling.Int("max-num-seqs", &o->max_num_seqs, 1, 65536, "Sequences that run at a time");
   scheduling.Int("max-num-batched-tokens", &o->max_num_batched_tokens, 1, 1 << 20,
-                 "Tokens in one step; long prompts are split into chunks");
+                 "Tokens in one step; long prompts are split into chunks (default: 8192 on a GPU, "
+                 "2048 on the CPU)",
+                 "auto");
   scheduling.Flag("enable-prefix-caching", &o->enable_prefix_caching,
                   "Keep the KV cache of earlier prompts and reuse equal beginnings");
   scheduling.Int("max-queued-requests", &o->max_queued_requests, 1, 1 << 20,

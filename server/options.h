@@ -24,11 +24,15 @@ struct ServeOptions {
   std::string device = "auto";
   int threads = 0;  // 0: one per core
   std::string activations = "int8";
+  std::string dtype = "auto";
+  std::string quantization = "none";
+  bool batch_invariant = false;
   std::string kv_cache_dtype = "auto";
   int64_t kv_cache_memory = 0;  // 0: from the memory that is free
+  double gpu_memory_utilization = 0.90;
 
   int max_num_seqs = 256;
-  int max_num_batched_tokens = 2048;
+  int max_num_batched_tokens = 0;  // 0: 8192 on a GPU, 2048 on the CPU
   bool enable_prefix_caching = true;
   int max_queued_requests = 1024;
   double request_timeout = 0;  // seconds; 0: none

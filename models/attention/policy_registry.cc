@@ -46,14 +46,6 @@ std::string NamesOf(const std::vector<NamedPolicy>& policies) {
   return names;
 }
 
-// With a sliding window the oldest tokens are gone: there is little to choose from.
-Status CheckModel(const ModelConfig& model, std::string_view key) {
-  if (model.sliding_window == 0) return OkStatus();
-  return PolicyKeyError(key, fmt::format("cannot be used with this model, which attends to a "
-                                         "sliding window of {} tokens",
-                                         model.sliding_window));
-}
-
 // A fault of start-up as a fault of the request that meets it.
 Status AsRequestFault(const Status& status) {
   const std::string key = PolicyKeyOf(status);
@@ -106,6 +98,7 @@ class PolicyRegistry::Loader {
  public:
   Loader(const PolicyRegistryOptions& options, const ModelConfig& model) : options_(options) {
     registry_.model_ = model;
+    registry_.device_ = options.device;
   }
 
   StatusOr<PolicyRegistry> Run() {
@@ -222,7 +215,7 @@ class PolicyRegistry::Loader {
 
   void EnableOne(NamedPolicy* named) {
     if (named->policy == nullptr) return;
-    Status status = CheckModel(registry_.model_, kNameKey);
+    Status status = registry_.CheckRunnable(kNameKey);
     if (status.ok()) status = AddSidecars(*named->policy, &registry_.sidecars_);
     if (!status.ok()) Refuse(std::move(status), named);
   }
@@ -261,6 +254,16 @@ const NamedPolicy* PolicyRegistry::FindNamed(std::string_view name) const {
   const auto found = std::find_if(policies_.begin(), policies_.end(),
                                   [&](const NamedPolicy& policy) { return policy.name == name; });
   return found == policies_.end() ? nullptr : &*found;
+}
+
+// Whether this model on this device runs policies at all; `key`: what is at fault where not.
+Status PolicyRegistry::CheckRunnable(std::string_view key) const {
+  if (device_ != Device::kCpu) return PolicyKeyError(key, kCpuOnlyPolicy);
+  // With a sliding window the oldest tokens are gone: there is little to choose from.
+  if (model_.sliding_window == 0) return OkStatus();
+  return PolicyKeyError(key, fmt::format("cannot be used with this model, which attends to a "
+                                         "sliding window of {} tokens",
+                                         model_.sliding_window));
 }
 
 StatusOr<std::shared_ptr<const SparsityPolicy>> PolicyRegistry::Find(
@@ -304,7 +307,7 @@ StatusOr<SparsityPolicy> PolicyRegistry::ParseForRequest(const json& body) const
         return LoadedChannels(path, projection, num_channels);
       });
   if (!policy.ok()) return AsRequestFault(policy.status());
-  GLOAM_RETURN_IF_ERROR(CheckModel(model_, ""));
+  GLOAM_RETURN_IF_ERROR(CheckRunnable(""));
   GLOAM_RETURN_IF_ERROR(CheckSidecars(*policy, sidecars_));
   return policy;
 }

@@ -13,12 +13,16 @@
 
 #include "base/status.h"
 #include "kernels/sparsity_policy.h"
+#include "kernels/tensor_view.h"
 #include "models/model_config.h"
 #include "nlohmann/json.hpp"
 
 namespace gloam {
 
 inline constexpr std::string_view kDensePolicy = "dense";
+// What stands in the way of any other on a GPU.
+inline constexpr std::string_view kCpuOnlyPolicy =
+    "is served on the CPU only so far (--device cpu); this server runs on a GPU";
 
 struct PolicyRegistryOptions {
   // Folder in which each *.json is a policy, named by the file's stem without a leading "config_";
@@ -32,6 +36,7 @@ struct PolicyRegistryOptions {
   // in `folder`, then in `model_folder`, that of the model's files.
   std::string model_name;
   std::filesystem::path model_folder;
+  Device device = Device::kCpu;  // where the model runs; a GPU attends densely so far
 };
 
 struct NamedPolicy {
@@ -89,6 +94,7 @@ class PolicyRegistry {
   using ChannelKey = std::tuple<std::string, std::string, int>;
 
   const NamedPolicy* FindNamed(std::string_view name) const;
+  Status CheckRunnable(std::string_view key) const;
   StatusOr<SparsityPolicy> ParseForRequest(const nlohmann::json& body) const;
   StatusOr<std::shared_ptr<const ChannelTable>> LoadedChannels(const std::string& path,
                                                                std::string_view projection,
@@ -98,6 +104,7 @@ class PolicyRegistry {
   std::string default_name_;
   SidecarConfig sidecars_;
   ModelConfig model_;
+  Device device_ = Device::kCpu;
   std::map<ChannelKey, std::shared_ptr<const ChannelTable>> channels_;
 };
 

@@ -77,8 +77,11 @@ inline EngineOptions SmallOptions() {
 
 struct TestEngine {
   explicit TestEngine(const EngineOptions& options = SmallOptions(),
-                      const std::function<void(FakeModel&)>& configure = {}) {
+                      const std::function<void(FakeModel&)>& configure = {},
+                      Device device = Device::kCpu)
+      : ops(device) {
     auto model = std::make_unique<FakeModel>();
+    if (device == Device::kCuda) model->ops = &ops;
     if (configure) configure(*model);
     engine = Engine::Create(options, ops, std::move(model), tokenizer, metrics).value();
   }

@@ -33,7 +33,7 @@ void AddPolicy(std::mt19937& random, Request& request) {
 }
 
 // Requests whose prompts share beginnings; greedy, or seeded.
-std::vector<Request> MakeRequests(std::mt19937& random, int count) {
+std::vector<Request> MakeRequests(std::mt19937& random, int count, bool with_policies = true) {
   const auto draw = [&random](int n) { return static_cast<int>(random() % n); };
   std::vector<Request> requests;
   for (int i = 0; i < count; ++i) {
@@ -52,7 +52,7 @@ std::vector<Request> MakeRequests(std::mt19937& random, int count) {
     if (draw(4) == 0) request.sampling.num_prompt_logprobs = 0;
     if (draw(4) == 0) request.sampling.frequency_penalty = 0.5f;
     if (draw(4) == 0) request.n = 2 + draw(2);
-    if (draw(2) == 0) AddPolicy(random, request);
+    if (with_policies && draw(2) == 0) AddPolicy(random, request);
     request.priority = draw(3);
     requests.push_back(std::move(request));
   }
@@ -74,11 +74,12 @@ void RequireSame(const CollectingSink& sink, const CollectingSink& alone, int n)
   }
 }
 
-TEST_CASE("200 random mixes give the answers that the requests give alone") {
+// What the requests give alone on the CPU, they give in any company on `device`.
+void CheckMixes(Device device) {
   constexpr int kMaxModelLen = 112;
   std::mt19937 random(20240607);
   const auto draw = [&random](int n) { return static_cast<int>(random() % n); };
-  const std::vector<Request> requests = MakeRequests(random, 60);
+  const std::vector<Request> requests = MakeRequests(random, 60, device == Device::kCpu);
 
   std::vector<std::shared_ptr<CollectingSink>> alone;
   {
@@ -100,7 +101,7 @@ TEST_CASE("200 random mixes give the answers that the requests give alone") {
     options.max_num_batched_tokens = 1 + draw(mix % 2 == 0 ? 12 : 100);
     options.max_num_seqs = 1 + draw(12);
     options.enable_prefix_caching = draw(4) != 0;
-    TestEngine engine(options);
+    TestEngine engine(options, {}, device);
     std::vector<std::pair<size_t, std::shared_ptr<CollectingSink>>> running;
     for (int i = 0, n = 2 + draw(24); i < n; ++i) {
       const size_t which = static_cast<size_t>(draw(static_cast<int>(requests.size())));
@@ -127,6 +128,13 @@ TEST_CASE("200 random mixes give the answers that the requests give alone") {
   INFO(num_preemptions << " pre-emptions, " << num_hits << " tokens found in the cache");
   CHECK(num_preemptions > 200);
   CHECK(num_hits > 5000);
+}
+
+TEST_CASE("200 random mixes give the answers that the requests give alone") {
+  CheckMixes(Device::kCpu);
+}
+TEST_CASE("200 random mixes on a GPU give the answers that the requests give alone on the CPU") {
+  CheckMixes(Device::kCuda);
 }
 
 TEST_CASE("500 cancellations at random moments leave no block in use") {

@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -30,13 +32,21 @@ inline uint64_t Hash(uint64_t state, uint64_t value) {
 
 // Sampling as the engine relies on it: greedy takes the largest logit, otherwise the token is a
 // function of logits, seed and draw_index. The model's operations are not there.
+//
+// As a GPU it has memory of its own for staged arrays, which holds what was staged and nothing
+// else, and records steps: a step that is repeated runs with the pointers and sizes of its
+// recording.
 class FakeOps : public Ops {
  public:
-  Device device() const override { return Device::kCpu; }
+  explicit FakeOps(Device device = Device::kCpu) : device_(device) {}
+  Device device() const override { return device_; }
   std::string DeviceName() const override { return "fake"; }
   ActivationDTypes activation_dtypes() const override { return {}; }
   DType QueryDType(DType) const override { return DType::kF32; }
-  DeviceMemory memory() const override { return {}; }
+  DeviceMemory memory() const override {
+    return {.free_bytes = total_bytes - static_cast<int64_t>(num_bytes_allocated),
+            .total_bytes = total_bytes};
+  }
   double MeasureReadRate() override { return 0; }
   StatusOr<Buffer> Allocate(size_t bytes) override {
     num_bytes_allocated += bytes;
@@ -46,18 +56,50 @@ class FakeOps : public Ops {
   StatusOr<StagedBuffer> AllocateStaged(size_t bytes) override {
     StagedBuffer staged;
     staged.host = Allocate(bytes).value();
+    if (device_ == Device::kCpu) return staged;
+    staged.device = Allocate(bytes).value();
+    std::memset(staged.device.data(), 0xCD, bytes);
     return staged;
   }
-  Status Reserve(const StepLimits&) override { return OkStatus(); }
+  Status Reserve(const StepLimits& limits) override {
+    recordings_.clear();
+    reserved = limits;
+    return OkStatus();
+  }
   void Upload(void* device, const void* host, size_t bytes) override {
     std::memcpy(device, host, bytes);
   }
   void Download(void* host, const void* device, size_t bytes) override {
+    num_bytes_downloaded += bytes;
     std::memcpy(host, device, bytes);
   }
   void BeginStep() override {}
-  void Stage(const StagedBuffer&, size_t, size_t) override {}
-  void Repeat(uint64_t, const std::function<void()>& step) override { step(); }
+  void Stage(const StagedBuffer& buffer, size_t offset, size_t bytes) override {
+    if (device_ == Device::kCpu) return;
+    GLOAM_CHECK(offset + bytes <= buffer.host.bytes());
+    std::memcpy(static_cast<std::byte*>(buffer.device.data()) + offset,
+                static_cast<const std::byte*>(buffer.host.data()) + offset, bytes);
+    ++num_copies_staged;
+    num_bytes_staged += bytes;
+  }
+  // The first run of a key is not recorded, as on a real GPU.
+  void Repeat(uint64_t key, const std::function<void()>& step) override {
+    if (device_ == Device::kCpu) return step();
+    const auto [it, is_new] = recordings_.try_emplace(key);
+    if (is_new) return step();
+    if (it->second.empty()) {
+      recording_ = &it->second;
+      step();
+      recording_ = nullptr;
+    }
+    for (const auto& operation : it->second) operation();
+    ++num_repeats;
+  }
+  // Runs `operation` now, or in every repetition of the step that is being recorded.
+  void Run(std::function<void()> operation) {
+    if (recording_ == nullptr) return operation();
+    recording_->push_back(std::move(operation));
+  }
   StatusOr<std::unique_ptr<Weight>> LoadWeight(std::span<const RawWeight>) override {
     return Unimplemented("the fake backend has no weights");
   }
@@ -106,7 +148,13 @@ class FakeOps : public Ops {
     }
   }
 
+  int64_t total_bytes = int64_t{1} << 40;
   size_t num_bytes_allocated = 0;
+  size_t num_bytes_downloaded = 0;
+  size_t num_bytes_staged = 0;
+  int num_copies_staged = 0;
+  int num_repeats = 0;
+  StepLimits reserved;
 
  private:
   static void FillLogprobs(const float* logits, int32_t token, int num_top, SampleResult* result) {
@@ -114,6 +162,10 @@ class FakeOps : public Ops {
     for (int i = 0; i < num_top; ++i) result->top.push_back({.token = i, .logprob = logits[i]});
   }
   [[noreturn]] static void Unreachable() { std::abort(); }
+
+  const Device device_;
+  std::map<uint64_t, std::vector<std::function<void()>>> recordings_;
+  std::vector<std::function<void()>>* recording_ = nullptr;  // while a step is being recorded
 };
 
 class FakeModel : public Model {
@@ -141,11 +193,30 @@ class FakeModel : public Model {
   }
 
   TensorView Forward(const ForwardBatch& batch) override {
+    if (ops == nullptr) {
+      Run(batch);
+    } else {
+      ops->Run([this, batch] { Run(batch); });
+    }
+    return TensorView::Contiguous(logits_.data(), DType::kF32, Device::kCpu,
+                                  {batch.num_logit_rows, kVocabSize});
+  }
+
+  // Called at the start of each pass, on the thread that steps; may throw.
+  std::function<void(const ForwardBatch&)> on_forward;
+  // The most likely token after a history; without it, one drawn from a hash of the history.
+  std::function<int32_t(std::span<const int32_t>)> next_token;
+  // Of a GPU, which records what the model does; null: nothing is recorded.
+  FakeOps* ops = nullptr;
+
+ private:
+  void Run(const ForwardBatch& batch) {
     if (on_forward) on_forward(batch);
     const SequenceBatch& seqs = batch.seqs;
     GLOAM_CHECK(seqs.num_tokens >= 1 && seqs.num_tokens <= max_tokens_);
     GLOAM_CHECK(seqs.cu_seqlens[0] == 0 && seqs.cu_seqlens[seqs.num_seqs] == seqs.num_tokens);
     for (int i = 0; i < seqs.num_tokens; ++i) {
+      if (seqs.slot_mapping[i] < 0) continue;  // padding
       for (const KvLayerView& layer : batch.kv) {
         float* keys = layer.Keys<float>(seqs.slot_mapping[i] / kBlockTokens, 0) +
                       seqs.slot_mapping[i] % kBlockTokens * 2;
@@ -157,19 +228,23 @@ class FakeModel : public Model {
     for (const SparseRow& row : batch.sparse.rows) MarkSparse(batch, row);
     CheckSparse(batch);
     for (int row = 0; row < batch.num_logit_rows; ++row) {
-      FillLogits(ReadHistory(batch, batch.logit_rows[row]),
-                 logits_.data() + static_cast<size_t>(row) * kVocabSize);
+      float* logits = logits_.data() + static_cast<size_t>(row) * kVocabSize;
+      if (seqs.slot_mapping[batch.logit_rows[row]] < 0) {
+        CheckPadding(batch, batch.logit_rows[row]);
+        std::fill_n(logits, kVocabSize, std::numeric_limits<float>::quiet_NaN());
+      } else {
+        FillLogits(ReadHistory(batch, batch.logit_rows[row]), logits);
+      }
     }
-    return TensorView::Contiguous(logits_.data(), DType::kF32, Device::kCpu,
-                                  {batch.num_logit_rows, kVocabSize});
   }
 
-  // Called at the start of each pass, on the thread that steps; may throw.
-  std::function<void(const ForwardBatch&)> on_forward;
-  // The most likely token after a history; without it, one drawn from a hash of the history.
-  std::function<int32_t(std::span<const int32_t>)> next_token;
+  // Only decoding steps are padded, behind their sequences.
+  static void CheckPadding(const ForwardBatch& batch, int token) {
+    GLOAM_CHECK(batch.seqs.decode_only() && token > 0);
+    GLOAM_CHECK(batch.seqs.cu_seqlens[token] == token && batch.seqs.context_lens[token] == 0);
+    GLOAM_CHECK(batch.token_ids[token] == 0 && batch.seqs.positions[token] == 0);
+  }
 
- private:
   // What a sparse token leaves in the cache tells its policy, by recent_tokens, and what the
   // compressor saw: so whoever reads another's sparse tokens gets other logits.
   void MarkSparse(const ForwardBatch& batch, const SparseRow& row) {

@@ -5,6 +5,7 @@
 #include <fstream>
 
 #include "base/check.h"
+#include "fmt/format.h"
 #include "nlohmann/json.hpp"
 #include "tests/models/paged_runner.h"
 
@@ -148,6 +149,50 @@ StatusOr<std::vector<GoldenPrompt>> ReadLogitGoldens(const std::filesystem::path
   return prompts;
 }
 
+std::vector<GoldenPrompt> MakeReference(Model& model, Ops& ops, DType kv_dtype,
+                                        const std::vector<std::vector<int32_t>>& texts,
+                                        int num_generated) {
+  size_t longest = 0;
+  for (const auto& text : texts) longest = std::max(longest, text.size());
+  const auto max_tokens = static_cast<int>(longest);
+  GLOAM_CHECK(ReserveSteps(model, ops, max_tokens, max_tokens).ok());
+  PagedRunner runner(model, ops, kv_dtype, (max_tokens + num_generated) / kBlockTokens + 1,
+                     /*seed=*/1);
+  std::vector<GoldenPrompt> prompts;
+  for (const auto& text : texts) {
+    GoldenPrompt& prompt = prompts.emplace_back();
+    prompt.name = fmt::format("text {}", prompts.size());
+    prompt.prompt_tokens = static_cast<int>(text.size());
+    prompt.token_ids = text;
+    runner.Clear();
+    const int sequence = runner.AddSequence();
+    for (size_t begin = 0; begin < text.size() + num_generated;) {
+      const std::vector<int32_t> tokens(prompt.token_ids.begin() + begin, prompt.token_ids.end());
+      PagedRunner::Chunk chunk = {.sequence = sequence, .tokens = tokens};
+      for (size_t i = 0; i < tokens.size(); ++i) chunk.logit_rows.push_back(static_cast<int>(i));
+      // The last row's next token is not known yet: it is scored as one that is, and not kept.
+      std::vector<int32_t> next(tokens.begin() + 1, tokens.end());
+      next.push_back(0);
+      std::vector<SampleResult> scores(tokens.size());
+      ops.Score(
+          {.logits = runner.Step(chunk), .tokens = next, .num_logprobs = 2, .results = scores});
+      for (size_t i = 0; i < scores.size(); ++i) {
+        const auto& top = scores[i].top;
+        if (i + 1 == scores.size()) {
+          prompt.token_ids.push_back(top.at(0).token);
+          scores[i].logprob = top.at(0);
+        }
+        prompt.rows.push_back({.position = static_cast<int>(begin + i),
+                               .logprob = scores[i].logprob.logprob,
+                               .top_token = top.at(0).token,
+                               .margin = top.at(0).logprob - top.at(1).logprob});
+      }
+      begin += tokens.size();
+    }
+  }
+  return prompts;
+}
+
 void FidelityStats::Add(const FidelityStats& other) {
   num_rows += other.num_rows;
   sum_difference += other.sum_difference;
@@ -160,7 +205,7 @@ void FidelityStats::Add(const FidelityStats& other) {
 
 std::vector<FidelityStats> MeasureFidelity(Model& model, Ops& ops, DType kv_dtype,
                                            const std::vector<GoldenPrompt>& prompts, double noise) {
-  const Status reserved = model.Reserve(kStepTokens, kStepTokens);
+  const Status reserved = ReserveSteps(model, ops, kStepTokens, kStepTokens);
   GLOAM_CHECK(reserved.ok());
   return FidelityRun(model, ops, kv_dtype, prompts, noise).Run();
 }

@@ -1,5 +1,6 @@
 // How far a model's log-probabilities are from the reference's, at every position of the golden
-// files that tests/goldens/make_logit_goldens.py writes. Used by fidelity_test and bench/fidelity.
+// files that tests/goldens/make_logit_goldens.py writes, or of another backend's run. Used by
+// fidelity_test, cuda_fidelity_test and bench/fidelity.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +31,12 @@ struct GoldenPrompt {
 // Errors: kNotFound, kInvalidArgument with the file and what is wrong.
 [[nodiscard]] StatusOr<std::vector<GoldenPrompt>> ReadLogitGoldens(
     const std::filesystem::path& path);
+
+// What `model` itself says: every position of `texts`, each of which goes on with `num_generated`
+// greedy tokens. A reference for another backend or another arithmetic.
+std::vector<GoldenPrompt> MakeReference(Model& model, Ops& ops, DType kv_dtype,
+                                        const std::vector<std::vector<int32_t>>& texts,
+                                        int num_generated);
 
 // Differences at a set of positions.
 struct FidelityStats {

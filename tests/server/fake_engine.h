@@ -39,6 +39,7 @@ class FakeEngine : public Engine {
   EngineStats stats() const override { return {}; }
   int max_model_len() const override { return 1024; }
   const ModelConfig& model_config() const override { return config_; }
+  const MemoryPlan* memory_plan() const override { return nullptr; }
   bool failed() const override { return false; }
   void Drain(std::chrono::steady_clock::time_point) override {}
 

@@ -86,6 +86,36 @@ TEST_CASE("Sparsity's settings, from flags and from the environment") {
   CHECK_THAT(table.Describe(), Catch::Matchers::Contains("sparsity-policies"));
 }
 
+TEST_CASE("Where and how the model runs") {
+  ServeOptions options;
+  OptionTable table(&options);
+  CHECK(options.device == "auto");
+  CHECK(options.gpu_memory_utilization == 0.90);
+  CHECK_THAT(table.Describe(),
+             Catch::Matchers::Matches("[^]*\nmax-num-batched-tokens +auto +default\n[^]*"));
+  REQUIRE(table
+              .Apply({{"device", {"cuda"}},
+                      {"kv-cache-dtype", {"fp8"}},
+                      {"quantization", {"fp8"}},
+                      {"max-num-batched-tokens", {"4096"}}},
+                     Variables({{"GLOAM_GPU_MEMORY_UTILIZATION", "0.85"}}),
+                     R"({"batch-invariant": true, "dtype": "bfloat16"})")
+              .ok());
+  CHECK(options.device == "cuda");
+  CHECK(options.kv_cache_dtype == "fp8");
+  CHECK(options.quantization == "fp8");
+  CHECK(options.dtype == "bfloat16");
+  CHECK(options.batch_invariant);
+  CHECK(options.gpu_memory_utilization == 0.85);
+  CHECK(options.max_num_batched_tokens == 4096);
+  for (const char* bad : {"0", "1.01", "-0.5", "nan", "90%"}) {
+    CAPTURE(bad);
+    CHECK_THAT(MessageOf(table.Apply({{"gpu-memory-utilization", {bad}}}, Variables({}), "")),
+               Catch::Matchers::Contains("--gpu-memory-utilization"));
+  }
+  CHECK_FALSE(table.Apply({{"max-num-batched-tokens", {"0"}}}, Variables({}), "").ok());
+}
+
 TEST_CASE("Sizes") {
   CHECK(*ParseBytes("0") == 0);
   CHECK(*ParseBytes("1048576") == 1 << 20);

@@ -389,5 +389,26 @@ TEST_CASE("A token budget takes the place of a sparsity rate") {
   CHECK_FALSE(selector.contains("sparsity_rate"));
 }
 
+TEST_CASE("On a GPU dense alone is served") {
+  PolicyRegistryOptions options;
+  options.device = Device::kCuda;
+  const PolicyRegistry registry = Load(options);
+  CHECK(registry.sidecars().empty());
+  for (const NamedPolicy& policy : registry.policies()) {
+    CAPTURE(policy.name);
+    CHECK(policy.usable() == (policy.name == kDensePolicy));
+  }
+  CHECK(*registry.Find("dense") == nullptr);
+  const auto named = registry.Find("quest_twi");
+  CHECK(named.status().code() == StatusCode::kInvalidArgument);
+  CHECK(PolicyKeyOf(named.status()) == "policy");
+  CHECK_THAT(MessageOf(named.status()), Contains("served on the CPU only so far"));
+  const auto given = registry.Parse(Get(registry, "quest_twi").body);
+  CHECK(PolicyKeyOf(given.status()).empty());
+  CHECK_THAT(MessageOf(given.status()), Contains("served on the CPU only so far"));
+  options.default_policy = "quest_twi";
+  CHECK_THAT(FaultOf(options), Contains("--sparsity") && Contains("--device cpu"));
+}
+
 }  // namespace
 }  // namespace gloam
