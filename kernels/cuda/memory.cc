@@ -24,6 +24,8 @@ StatusOr<Buffer> AllocateDevice(size_t bytes) {
   }
   Buffer buffer(data, bytes, [](void* memory, size_t) { cudaFree(memory); });
   GLOAM_CUDA_CHECK(cudaMemset(data, 0, std::max<size_t>(bytes, 1)));
+  // The backend's stream does not wait for the default stream, which sets the memory.
+  GLOAM_CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
   return buffer;
 }
 
