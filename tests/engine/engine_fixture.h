@@ -69,7 +69,6 @@ class Gate {
 inline EngineOptions SmallOptions() {
   EngineOptions options;
   options.num_kv_blocks = 64;
-  options.kv_cache_dtype = DType::kF32;  // the fake model's
   options.max_num_seqs = 8;
   options.max_num_batched_tokens = 64;
   return options;

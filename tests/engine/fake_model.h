@@ -1,6 +1,7 @@
 // A model, backend and tokenizer for engine tests. The model stores token ids in the KV cache
 // through slot_mapping and predicts from the whole history as it reads it back through the block
-// table, so that any mistake with blocks changes the output.
+// table, so that any mistake with blocks changes the output. It keeps them as two-byte integers,
+// which every type of cache has room for.
 #pragma once
 
 #include <algorithm>
@@ -218,10 +219,10 @@ class FakeModel : public Model {
     for (int i = 0; i < seqs.num_tokens; ++i) {
       if (seqs.slot_mapping[i] < 0) continue;  // padding
       for (const KvLayerView& layer : batch.kv) {
-        float* keys = layer.Keys<float>(seqs.slot_mapping[i] / kBlockTokens, 0) +
-                      seqs.slot_mapping[i] % kBlockTokens * 2;
-        keys[0] = static_cast<float>(batch.token_ids[i]);
-        keys[1] = static_cast<float>(seqs.positions[i]);
+        int16_t* keys = layer.Keys<int16_t>(seqs.slot_mapping[i] / kBlockTokens, 0) +
+                        seqs.slot_mapping[i] % kBlockTokens * 2;
+        keys[0] = static_cast<int16_t>(batch.token_ids[i]);
+        keys[1] = static_cast<int16_t>(seqs.positions[i]);
       }
     }
     for (const PromptVote& vote : batch.votes) Vote(batch, vote);
@@ -255,8 +256,8 @@ class FakeModel : public Model {
       mark += row.compressed->masks[0] % 7;
     }
     for (const KvLayerView& layer : batch.kv) {
-      layer.Keys<float>(slot / kBlockTokens, 0)[slot % kBlockTokens * 2] +=
-          static_cast<float>(kVocabSize * mark);
+      layer.Keys<int16_t>(slot / kBlockTokens, 0)[slot % kBlockTokens * 2] +=
+          static_cast<int16_t>(kVocabSize * mark);
     }
     batch.sparse_stats[batch.sparse.rows.size() + (&row - batch.sparse.rows.data())] = {
         .context = batch.seqs.positions[row.token] + 1};
@@ -295,10 +296,10 @@ class FakeModel : public Model {
     history_.clear();
     for (int p = 0; p <= seqs.positions[token]; ++p) {
       const int layer = p % kNumLayers;
-      const float* keys =
-          batch.kv[layer].Keys<float>(table[p / kBlockTokens], 0) + p % kBlockTokens * 2;
-      GLOAM_CHECK(keys[1] == static_cast<float>(p));
-      history_.push_back(static_cast<int32_t>(keys[0]));
+      const int16_t* keys =
+          batch.kv[layer].Keys<int16_t>(table[p / kBlockTokens], 0) + p % kBlockTokens * 2;
+      GLOAM_CHECK(keys[1] == p);
+      history_.push_back(keys[0]);
     }
     return history_;
   }

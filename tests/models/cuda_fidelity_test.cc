@@ -2,20 +2,19 @@
 // log-probabilities of given text, and greedy continuations. And, where there is a golden file,
 // against `transformers`.
 //
-//   cuda_fidelity_test [MODEL]     (from the source folder; a file, a folder, or a catalogue name)
+//   cuda_fidelity_test [MODEL]     (from the source folder; tests/models/named_model.h)
 //
 // Without a GPU or without the model it ends with 77: skipped.
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "fmt/format.h"
-#include "tests/models/catalogue_model.h"
 #include "tests/models/fidelity.h"
+#include "tests/models/named_model.h"
 
 namespace gloam {
 namespace {
@@ -59,29 +58,24 @@ FidelityStats Total(const std::vector<FidelityStats>& parts, const char* referen
   return total;
 }
 
-int Run(const std::string& model) {
-  std::filesystem::path path = model;
-  if (!std::filesystem::exists(path)) path = CatalogueModelPath(model);
-  if (!std::filesystem::exists(path)) {
-    fmt::print("skipped: no {}; fetch it with: gloam pull {}\n", path.string(), model);
-    return kSkipped;
-  }
+int Run(const std::string& argument) {
+  const auto named = FindNamedModel(argument);
   auto gpu = MakeCudaOps({});
-  if (!gpu.ok()) {
-    fmt::print("skipped: {}\n", MessageOf(gpu.status()));
+  if (!named.ok() || !gpu.ok()) {
+    fmt::print("skipped: {}\n", MessageOf(named.ok() ? gpu.status() : named.status()));
     return kSkipped;
   }
-  const std::string golden_file = "tests/goldens/logits_" + path.stem().string() + ".json";
-  const auto on_gpu = LoadModel(path, **gpu, {});
+  const std::string golden_file = "tests/goldens/logits_" + named->name + ".json";
+  const auto on_gpu = LoadNamedModel(*named, **gpu);
   const auto cpu = MakeCpuOps({.activations = CpuActivations::kF32});
-  const auto on_cpu = LoadModel(path, *cpu, {});
+  const auto on_cpu = LoadNamedModel(*named, *cpu);
   if (!on_gpu.ok() || !on_cpu.ok()) {
     fmt::print("{}\n", MessageOf(on_gpu.ok() ? on_cpu.status() : on_gpu.status()));
     return 1;
   }
   const ModelConfig& config = on_cpu->model->config();
   const DType kv_dtype = DefaultKvDType(config);
-  fmt::print("{} on {}\n", model, (*gpu)->DeviceName());
+  fmt::print("{} on {}\n", named->name, (*gpu)->DeviceName());
   const std::vector<GoldenPrompt> reference = MakeReference(
       *on_cpu->model, *cpu, DType::kF32, Texts(golden_file, config.vocab_size), kGenerated);
   const FidelityStats total =
