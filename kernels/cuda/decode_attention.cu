@@ -51,6 +51,17 @@ __device__ __forceinline__ uint4 LoadAgain(const uint4* shared) {
   return x;
 }
 
+// Counts this thread block in, after what it wrote (before a barrier of the block) and before what
+// it reads of others. Returns the count before.
+__device__ __forceinline__ int32_t Arrive(int32_t* count) {
+  int32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(count)
+               : "memory");
+  return before;
+}
+
 // The arithmetic of one 16-bit type.
 template <typename T>
 struct Half;
@@ -178,7 +189,7 @@ struct SharedMemory {
   int is_last;
   float max[kWarps][kDecodeHeads];
   float sum[kWarps][kDecodeHeads];
-  union {
+  union alignas(16) {
     float out[kWarps][kDecodeHeads][kHeadStride];  // [channel] of each warp and head
     float weights[kDecodeHeads][kMaxSplits];       // of the pieces of a row
   };
@@ -460,25 +471,32 @@ __device__ void MergeSplits(const DecodeAttentionParams& p, const Unit& unit, in
   const int stride = DecodePartialFloats(p.heads_per_kv, kHeadDim);
   const int lane = threadIdx.x % 32;
   if (const int head = threadIdx.x / 32; head < unit.num_heads) {
-    const float* stats = first + stored_heads * kHeadDim + 2 * head;
+    float2 stats[kMaxSplits / 32];  // maximum and sum of pieces lane, lane + 32, ...
     float max = -INFINITY;
-    for (int s = lane; s < unit.num_splits; s += 32) {
-      const float2 x = __ldcg(reinterpret_cast<const float2*>(stats + int64_t{s} * stride));
-      max = fmaxf(max, x.x);
+#pragma unroll
+    for (int i = 0; i < kMaxSplits / 32; ++i) {
+      const int s = lane + 32 * i;
+      stats[i] = {-INFINITY, 0};
+      if (s < unit.num_splits) {
+        stats[i] = __ldcg(reinterpret_cast<const float2*>(first + int64_t{s} * stride +
+                                                          stored_heads * kHeadDim + 2 * head));
+      }
+      max = fmaxf(max, stats[i].x);
     }
 #pragma unroll
     for (int mask = 1; mask < 32; mask *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, mask));
     float sum = 0;
-    for (int s = lane; s < unit.num_splits; s += 32) {
-      const float2 x = __ldcg(reinterpret_cast<const float2*>(stats + int64_t{s} * stride));
-      const float weight = exp2f(x.x - max);
-      shared.weights[head][s] = weight;
-      sum += weight * x.y;
+#pragma unroll
+    for (int i = 0; i < kMaxSplits / 32; ++i) {
+      stats[i].x = exp2f(stats[i].x - max);
+      sum += stats[i].x * stats[i].y;
     }
 #pragma unroll
     for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-    const float scale = 1 / sum;
-    for (int s = lane; s < unit.num_splits; s += 32) shared.weights[head][s] *= scale;
+#pragma unroll
+    for (int i = 0; i < kMaxSplits / 32; ++i) {
+      shared.weights[head][lane + 32 * i] = stats[i].x / sum;
+    }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < unit.num_heads * (kHeadDim / 2); i += kThreads) {
@@ -628,17 +646,15 @@ __global__ __launch_bounds__(kThreads, CtasPerSm(kHeadDim)) void DecodeAttention
     const int stride = DecodePartialFloats(p.heads_per_kv, kHeadDim);
     MergeWarps(p, unit, token, p.partials + int64_t{done} * stride, shared);
     if (unit.num_splits > 1) {
-      __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {
         int32_t* arrivals = p.arrivals + unit.row * num_groups + unit.group;
-        const bool is_last = atomicAdd(arrivals, 1) == unit.num_splits - 1;
+        const bool is_last = Arrive(arrivals) == unit.num_splits - 1;
         if (is_last) *arrivals = 0;
         shared.is_last = is_last;
       }
       __syncthreads();
       if (shared.is_last) {
-        __threadfence();
         MergeSplits(p, unit, token, p.partials + int64_t{done - unit.split} * stride, shared);
       }
     }

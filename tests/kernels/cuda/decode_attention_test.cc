@@ -5,106 +5,18 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
-#include <numeric>
 #include <random>
 #include <vector>
 
 #include "catch2/catch.hpp"
 #include "kernels/paged_kv.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
+#include "tests/kernels/cuda/paged_cache.h"
 
 namespace gloam::cuda {
 namespace {
 
 constexpr uint32_t kSeed = 20261125;
-
-struct Shape {
-  int num_kv_heads = 2;
-  int heads_per_kv = 1;
-  int head_dim = 128;
-  int window = 0;
-  DType dtype = DType::kBF16;
-
-  int num_heads() const { return num_kv_heads * heads_per_kv; }
-  int width() const { return num_heads() * head_dim; }
-  float scale() const { return 1 / std::sqrt(static_cast<float>(head_dim)); }
-};
-
-// Normal numbers, rounded; drawn once, because there are many.
-class Numbers {
- public:
-  Numbers(DType dtype, std::mt19937& rng) : rng_(rng) {
-    std::normal_distribution<float> normal(0, 1.5f);
-    std::vector<float> values(kCount);
-    for (float& x : values) x = normal(rng);
-    bits_ = RoundTo(dtype, values);
-  }
-  void Fill(uint16_t* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = bits_[rng_() % kCount];
-  }
-
- private:
-  static constexpr int kCount = 1 << 14;
-  std::mt19937& rng_;
-  std::vector<uint16_t> bits_;
-};
-
-// A pool of blocks full of NaN in which sequences of random keys and values live in random blocks,
-// and a query for the last `num_queries` tokens of each.
-struct Cache {
-  Shape shape;
-  std::vector<int> lengths;
-  int num_queries;
-  int max_blocks = 1;
-  KvLayout layout;
-  std::vector<uint16_t> memory;
-  std::vector<int32_t> block_tables;
-  std::vector<std::vector<uint16_t>> queries;  // of each sequence, [num_queries, width]
-  DeviceArray<uint16_t> device_memory;
-
-  Cache(const Shape& s, std::vector<int> lens, std::mt19937& rng, int queries_per_seq = 1)
-      : shape(s), lengths(std::move(lens)), num_queries(queries_per_seq), device_memory(1) {
-    layout = {shape.dtype, shape.num_kv_heads, shape.head_dim};
-    int num_blocks = 3;
-    for (const int length : lengths) {
-      max_blocks = std::max(max_blocks, BlocksOf(length) + 1);
-      num_blocks += BlocksOf(length);
-    }
-    std::vector<int32_t> free(num_blocks);
-    std::iota(free.begin(), free.end(), 0);
-    std::shuffle(free.begin(), free.end(), rng);
-    memory.assign(layout.block_elements() * num_blocks, 0xFFFF);
-    block_tables.assign(lengths.size() * max_blocks, num_blocks - 1);
-    Numbers numbers(shape.dtype, rng);
-    for (size_t seq = 0; seq < lengths.size(); ++seq) {
-      for (int i = 0; i < BlocksOf(lengths[seq]); ++i) {
-        block_tables[seq * max_blocks + i] = free.back();
-        free.pop_back();
-        const int tokens = std::min(kBlockTokens, lengths[seq] - i * kBlockTokens);
-        for (int run = 0; run < 2 * shape.num_kv_heads; ++run) {
-          numbers.Fill(memory.data() +
-                           block_tables[seq * max_blocks + i] * layout.block_elements() +
-                           run * layout.head_run_elements(),
-                       int64_t{tokens} * shape.head_dim);
-        }
-      }
-      queries.emplace_back(int64_t{num_queries} * shape.width());
-      numbers.Fill(queries.back().data(), static_cast<int64_t>(queries.back().size()));
-    }
-    device_memory = DeviceArray<uint16_t>(memory);
-  }
-
-  static int BlocksOf(int tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
-
-  // A token's keys (values) of a head.
-  const uint16_t* Run(int seq, int position, int kv_head, bool values) const {
-    const int32_t block = block_tables[seq * max_blocks + position / kBlockTokens];
-    return memory.data() + block * layout.block_elements() +
-           (kv_head + (values ? shape.num_kv_heads : 0)) * layout.head_run_elements() +
-           position % kBlockTokens * shape.head_dim;
-  }
-};
 
 // Some last queries of a sequence, as they stand in a batch: those of positions
 // [context - num_tokens, context).
@@ -116,10 +28,10 @@ struct Chunk {
 
 // Runs the chunks as one batch; gives [num_tokens, width] as bits of bf16, 0xFFFF where nothing was
 // written. Scratch memory is full of NaN before.
-std::vector<uint16_t> Run(const Cache& cache, const CudaFixture& gpu,
+std::vector<uint16_t> Run(const PagedCache& cache, const CudaFixture& gpu,
                           const std::vector<Chunk>& chunks,
                           DecodeRows rows = DecodeRows::kSingleTokens) {
-  const Shape& shape = cache.shape;
+  const AttentionShape& shape = cache.shape;
   const int width = shape.width();
   std::vector<int32_t> cu_seqlens = {0}, context_lens, block_tables;
   std::vector<uint16_t> q;
@@ -183,7 +95,7 @@ std::vector<uint16_t> Run(const Cache& cache, const CudaFixture& gpu,
   return out.Download();
 }
 
-std::vector<Chunk> WholeBatch(const Cache& cache) {
+std::vector<Chunk> WholeBatch(const PagedCache& cache) {
   std::vector<Chunk> chunks;
   for (size_t seq = 0; seq < cache.lengths.size(); ++seq) {
     chunks.push_back({static_cast<int>(seq), cache.lengths[seq]});
@@ -191,59 +103,7 @@ std::vector<Chunk> WholeBatch(const Cache& cache) {
   return chunks;
 }
 
-// The largest distance of a row from the softmax in double precision, in tolerances. What the
-// kernel rounds: probabilities and outputs to 16 bits (half a unit in the last place each); the
-// rest is fp32, where a score's error is that of a sum of head_dim products of order 2.
-double LargestError(const Cache& cache, int seq, int context, int query, const uint16_t* row) {
-  const Shape& shape = cache.shape;
-  const double prob_epsilon = shape.dtype == DType::kF16 ? 0x1p-11 : 0x1p-8;
-  const int begin = shape.window == 0 ? 0 : std::max(0, context - shape.window);
-  const auto to_float = [&](const uint16_t* bits) {
-    return ToFloat(shape.dtype, std::span(bits, shape.head_dim));
-  };
-  const std::vector<float> out = ToFloat(DType::kBF16, std::span(row, shape.width()));
-  double largest = 0;
-  for (int kv_head = 0; kv_head < shape.num_kv_heads; ++kv_head) {
-    std::vector<std::vector<float>> keys, values;
-    for (int p = begin; p < context; ++p) {
-      keys.push_back(to_float(cache.Run(seq, p, kv_head, false)));
-      values.push_back(to_float(cache.Run(seq, p, kv_head, true)));
-    }
-    for (int h = 0; h < shape.heads_per_kv; ++h) {
-      const int head = kv_head * shape.heads_per_kv + h;
-      const std::vector<float> q = to_float(cache.queries[seq].data() +
-                                            int64_t{query} * shape.width() + head * shape.head_dim);
-      std::vector<double> probs(keys.size());
-      double max = -std::numeric_limits<double>::infinity();
-      for (size_t i = 0; i < keys.size(); ++i) {
-        double dot = 0;
-        for (int c = 0; c < shape.head_dim; ++c) dot += double{q[c]} * double{keys[i][c]};
-        max = std::max(max, probs[i] = dot * double{shape.scale()});
-      }
-      double sum = 0;
-      for (double& x : probs) sum += x = std::exp(x - max);
-      std::vector<double> expected(shape.head_dim), magnitude(shape.head_dim);
-      for (size_t i = 0; i < keys.size(); ++i) {
-        for (int c = 0; c < shape.head_dim; ++c) {
-          expected[c] += probs[i] / sum * double{values[i][c]};
-          magnitude[c] += probs[i] / sum * std::abs(double{values[i][c]});
-        }
-      }
-      const double fp32_epsilon = 0x1p-24 * (8 * shape.head_dim + 64);
-      for (int c = 0; c < shape.head_dim; ++c) {
-        const double tolerance =
-            (prob_epsilon + fp32_epsilon) * magnitude[c] + 0x1p-8 * std::abs(expected[c]) + 1e-30;
-        const double error =
-            std::abs(double{out[head * shape.head_dim + c]} - expected[c]) / tolerance;
-        largest =
-            std::isnan(error) ? std::numeric_limits<double>::infinity() : std::max(largest, error);
-      }
-    }
-  }
-  return largest;
-}
-
-void CheckAgainstReference(const Cache& cache, const std::vector<uint16_t>& out) {
+void CheckAgainstReference(const PagedCache& cache, const std::vector<uint16_t>& out) {
   const int width = cache.shape.width();
   for (size_t seq = 0; seq < cache.lengths.size(); ++seq) {
     CAPTURE(seq, cache.lengths[seq]);
@@ -269,9 +129,9 @@ TEST_CASE("decode attention equals the double-precision softmax") {
   for (const DType dtype : {DType::kBF16, DType::kF16}) {
     for (const int head_dim : {64, 128}) {
       for (const int heads_per_kv : {1, 3, 4, 6, 7, 8, 12}) {
-        const Shape shape = {2, heads_per_kv, head_dim, 0, dtype};
+        const AttentionShape shape = {2, heads_per_kv, head_dim, 0, dtype};
         CAPTURE(head_dim, heads_per_kv, static_cast<int>(dtype));
-        const Cache cache(shape, {0, 1, 15, 16, 17, 255, 256, 257, 0, 1000, 33}, rng);
+        const PagedCache cache(shape, {0, 1, 15, 16, 17, 255, 256, 257, 0, 1000, 33}, rng);
         CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache)));
       }
     }
@@ -282,15 +142,15 @@ TEST_CASE("decode attention over long contexts and many heads") {
   CAPTURE(kSeed);
   std::mt19937 rng(kSeed + 1);
   const CudaFixture gpu;
-  const Shape shapes[] = {{1, 4, 128, 0, DType::kBF16}, {2, 6, 64, 0, DType::kF16}};
-  for (const Shape& shape : shapes) {
+  const AttentionShape shapes[] = {{1, 4, 128, 0, DType::kBF16}, {2, 6, 64, 0, DType::kF16}};
+  for (const AttentionShape& shape : shapes) {
     CAPTURE(shape.num_kv_heads, shape.head_dim);
-    const Cache cache(shape, {5000, 40000, 3}, rng);
+    const PagedCache cache(shape, {5000, 40000, 3}, rng);
     CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache)));
   }
-  const Cache mha({32, 1, 128, 0, DType::kBF16}, {700, 4100}, rng);
+  const PagedCache mha({32, 1, 128, 0, DType::kBF16}, {700, 4100}, rng);
   CheckAgainstReference(mha, Run(mha, gpu, WholeBatch(mha)));
-  const Cache gqa({8, 4, 128, 0, DType::kBF16}, {700, 9001}, rng);
+  const PagedCache gqa({8, 4, 128, 0, DType::kBF16}, {700, 9001}, rng);
   CheckAgainstReference(gqa, Run(gqa, gpu, WholeBatch(gqa)));
 }
 
@@ -300,7 +160,7 @@ TEST_CASE("decode attention with a sliding window") {
   const CudaFixture gpu;
   for (const int window : {1, 15, 16, 17, 100, 1000, 4096}) {
     CAPTURE(window);
-    const Cache cache({2, 4, 64, window, DType::kBF16}, {1, 16, 17, 100, 101, 999, 3000}, rng);
+    const PagedCache cache({2, 4, 64, window, DType::kBF16}, {1, 16, 17, 100, 101, 999, 3000}, rng);
     CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache)));
   }
 }
@@ -310,8 +170,9 @@ TEST_CASE("decode attention equals the CPU backend") {
   std::mt19937 rng(kSeed + 3);
   const CudaFixture gpu;
   const auto cpu = MakeCpuOps({});
-  for (const Shape& shape : {Shape{2, 7, 64, 0, DType::kBF16}, Shape{8, 4, 128, 50, DType::kF16}}) {
-    Cache cache(shape, {1, 40, 300, 2048}, rng);
+  for (const AttentionShape& shape :
+       {AttentionShape{2, 7, 64, 0, DType::kBF16}, AttentionShape{8, 4, 128, 50, DType::kF16}}) {
+    PagedCache cache(shape, {1, 40, 300, 2048}, rng);
     const int num_seqs = static_cast<int>(cache.lengths.size());
     const std::vector<uint16_t> out = Run(cache, gpu, WholeBatch(cache));
     std::vector<float> q, expected(int64_t{num_seqs} * shape.width());
@@ -351,14 +212,14 @@ TEST_CASE("a row's bits do not depend on its batch") {
   CAPTURE(kSeed);
   std::mt19937 rng(kSeed + 4);
   const CudaFixture gpu;
-  const Shape shapes[] = {{8, 4, 128, 0, DType::kBF16},
-                          {2, 7, 64, 0, DType::kF16},
-                          {4, 1, 128, 300, DType::kBF16},
-                          {2, 12, 64, 0, DType::kBF16}};
-  for (const Shape& shape : shapes) {
+  const AttentionShape shapes[] = {{8, 4, 128, 0, DType::kBF16},
+                                   {2, 7, 64, 0, DType::kF16},
+                                   {4, 1, 128, 300, DType::kBF16},
+                                   {2, 12, 64, 0, DType::kBF16}};
+  for (const AttentionShape& shape : shapes) {
     CAPTURE(shape.num_kv_heads, shape.heads_per_kv, shape.head_dim, shape.window);
     const int width = shape.width();
-    const Cache cache(shape, {1, 16, 250, 513, 4097, 9000, 2000, 77}, rng);
+    const PagedCache cache(shape, {1, 16, 250, 513, 4097, 9000, 2000, 77}, rng);
     std::vector<std::vector<uint16_t>> alone;
     for (const Chunk& chunk : WholeBatch(cache)) alone.push_back(Run(cache, gpu, {chunk}));
     for (int trial = 0; trial < 6; ++trial) {
@@ -386,9 +247,10 @@ TEST_CASE("a token of a chunk has the bits of a lone token") {
   std::mt19937 rng(kSeed + 5);
   const CudaFixture gpu;
   constexpr int kQueries = 400;
-  for (const Shape& shape : {Shape{2, 4, 128, 0, DType::kBF16}, Shape{1, 3, 64, 90, DType::kF16}}) {
+  for (const AttentionShape& shape :
+       {AttentionShape{2, 4, 128, 0, DType::kBF16}, AttentionShape{1, 3, 64, 90, DType::kF16}}) {
     const int width = shape.width();
-    const Cache cache(shape, {400, 1300, 5000}, rng, kQueries);
+    const PagedCache cache(shape, {400, 1300, 5000}, rng, kQueries);
     const std::vector<Chunk> chunks = {{0, 400, 400}, {1, 1290, 1}, {2, 5000, 33}};
     const std::vector<uint16_t> all = Run(cache, gpu, chunks, DecodeRows::kEveryToken);
     int64_t token = 0;
