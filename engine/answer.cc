@@ -53,22 +53,31 @@ SampleRow Answer::MakeSampleRow() const {
   return row;
 }
 
-void Answer::Accept(SampleResult result) {
-  GLOAM_CHECK(!finished_);
+void Answer::Take(SampleResult result) {
+  GLOAM_CHECK(!finished_ && !taken_);
   const int32_t token = result.token;
   sequence_.tokens.push_back(token);
   if (counts_output_) CountToken(token);
-  delta_.tokens.push_back(token);
-  if (request_.sampling.num_logprobs >= 0) delta_.logprobs.push_back(std::move(result));
+  taken_ = {.result = std::move(result),
+            .num_generated = num_generated(),
+            .verdict = stop_checker_.CheckToken(token, num_generated())};
+}
 
-  StopChecker::TokenVerdict token_verdict = stop_checker_.CheckToken(token, num_generated());
+void Answer::Deliver() {
+  GLOAM_CHECK(!finished_ && taken_);
+  const int32_t token = taken_->result.token;
+  StopChecker::TokenVerdict& token_verdict = taken_->verdict;
+  delta_.tokens.push_back(token);
+  if (request_.sampling.num_logprobs >= 0) delta_.logprobs.push_back(std::move(taken_->result));
+
   const bool is_last = token_verdict.finish_reason.has_value();
   std::string text;
   // A model's output may be padded beyond its vocabulary; such a token stands for no text.
   if (token_verdict.has_text && token < tokenizer_.vocab_size()) text = detokenizer_.Append(token);
   if (is_last) text += detokenizer_.Flush();
 
-  StopChecker::TextVerdict text_verdict = stop_checker_.CheckText(text, num_generated(), is_last);
+  StopChecker::TextVerdict text_verdict =
+      stop_checker_.CheckText(text, taken_->num_generated, is_last);
   delta_.text += text_verdict.text;
   if (text_verdict.stop_string) {
     delta_.stop_reason = std::move(text_verdict.stop_string);
@@ -77,6 +86,7 @@ void Answer::Accept(SampleResult result) {
     delta_.stop_reason = std::move(token_verdict.stop_reason);
     Finish(*token_verdict.finish_reason);
   }
+  taken_.reset();
 }
 
 void Answer::Finish(FinishReason reason, Status error) {

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -32,14 +33,20 @@ class Answer {
     return static_cast<int>(sequence_.tokens.size()) - sequence_.num_prompt_tokens;
   }
 
-  // How the next token is to be drawn. Valid until the next Accept.
+  // How the next token is to be drawn. Valid until the next Take.
   SampleRow MakeSampleRow() const;
 
   // False: the answer is to have no tokens at all; Finish it with kLength instead of sampling.
   bool MayGenerate() const { return max_new_tokens_ > 0; }
 
-  // Takes the drawn token: appends it to the sequence and updates the delta; may finish.
-  void Accept(SampleResult result);
+  // Takes the drawn token into the sequence. Deliver must follow before the next one is drawn from
+  // what came after it; meanwhile the next step may compute it already.
+  void Take(SampleResult result);
+  // The taken token ends the answer by itself, so no step need compute it.
+  bool taken_is_last() const { return taken_ && taken_->verdict.finish_reason.has_value(); }
+  bool has_taken() const { return taken_.has_value(); }
+  // Turns the taken token into output; may finish.
+  void Deliver();
 
   // Ends the answer from outside.
   void Finish(FinishReason reason, Status error = OkStatus());
@@ -58,6 +65,13 @@ class Answer {
   int num_counted_tokens = 0;
 
  private:
+  // A token that is part of the sequence and not of the output yet.
+  struct TakenToken {
+    SampleResult result;
+    int num_generated = 0;  // with it
+    StopChecker::TokenVerdict verdict;
+  };
+
   void CountToken(int32_t token);
 
   const Request& request_;
@@ -74,6 +88,7 @@ class Answer {
   std::vector<std::pair<int32_t, int32_t>> output_counts_;  // (token, occurrences)
   absl::flat_hash_map<int32_t, size_t> count_of_token_;     // index into output_counts_
 
+  std::optional<TakenToken> taken_;
   OutputDelta delta_;
   bool finished_ = false;
   bool delta_taken_ = false;  // the last one

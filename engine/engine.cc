@@ -1,5 +1,6 @@
 #include "engine/engine.h"
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -35,9 +36,10 @@ using Command = std::variant<Submission, Cancellation, CancellationOfAll>;
 
 class ThreadedEngine : public Engine {
  public:
-  ThreadedEngine(std::unique_ptr<EngineCore> core, int max_queued_requests)
+  ThreadedEngine(std::unique_ptr<EngineCore> core, const EngineOptions& options)
       : core_(std::move(core)),
-        max_queued_requests_(max_queued_requests),
+        max_queued_requests_(options.max_queued_requests),
+        step_timeout_(options.step_timeout),
         thread_([this] { Run(); }) {}
 
   ~ThreadedEngine() override {
@@ -87,7 +89,7 @@ class ThreadedEngine : public Engine {
 
   bool failed() const override {
     std::lock_guard lock(mutex_);
-    return failed_;
+    return failed_ || StepHangs();
   }
 
   void Drain(Clock::time_point deadline) override {
@@ -96,12 +98,14 @@ class ThreadedEngine : public Engine {
     const auto all_ended = [this] { return num_live_ == 0; };
     if (all_ended_.wait_until(lock, deadline, all_ended)) return;
     Push(CancellationOfAll{});
-    all_ended_.wait(lock, all_ended);
+    while (!all_ended_.wait_for(lock, kHangCheck, all_ended) && !StepHangs()) {
+    }
   }
 
  private:
   enum class State { kServing, kDraining, kStopping };
 
+  static constexpr std::chrono::seconds kHangCheck{1};
   // Idle waits end with a command; this only bounds them.
   static constexpr std::chrono::seconds kIdleWait{10};
 
@@ -134,7 +138,9 @@ class ThreadedEngine : public Engine {
       while (!Stopping()) {
         Apply(core_->HasWork() ? commands_.TakeAll() : commands_.WaitAndTakeAll(kIdleWait));
         core_->ExpireDeadlines(Clock::now());
+        step_began_ = Clock::now();
         core_->Step();
+        step_began_ = Clock::time_point();
         Account();
         log.Update(core_->stats(), Clock::now());
       }
@@ -147,6 +153,12 @@ class ThreadedEngine : public Engine {
       }
       Close(Internal("the engine failed while it ran this request"));
     }
+  }
+
+  bool StepHangs() const {
+    const Clock::time_point began = step_began_;
+    return step_timeout_ > 0 && began != Clock::time_point() &&
+           std::chrono::duration<double>(Clock::now() - began).count() > step_timeout_;
   }
 
   bool Stopping() const {
@@ -191,6 +203,8 @@ class ThreadedEngine : public Engine {
 
   const std::unique_ptr<EngineCore> core_;
   const int64_t max_queued_requests_;
+  const double step_timeout_;
+  std::atomic<Clock::time_point> step_began_{Clock::time_point()};  // of the running step, if any
   // Its length is bounded by max_queued_requests (submissions) and by the front ends, which cancel
   // a request once; a cancellation must never be refused.
   BoundedQueue<Command> commands_{std::numeric_limits<size_t>::max()};
@@ -219,7 +233,7 @@ StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, O
                                                  MetricsRegistry& metrics) {
   GLOAM_ASSIGN_OR_RETURN(std::unique_ptr<EngineCore> core,
                          EngineCore::Create(options, ops, std::move(model), tokenizer, metrics));
-  return std::make_unique<ThreadedEngine>(std::move(core), options.max_queued_requests);
+  return std::make_unique<ThreadedEngine>(std::move(core), options);
 }
 
 }  // namespace gloam

@@ -25,7 +25,8 @@ struct EngineOptions {
   double gpu_memory_utilization = 0.90;       // of the GPU's memory, what else is in use included
   DType kv_cache_dtype = DType::kBF16;
   bool enable_prefix_caching = true;
-  SidecarConfig sidecars;  // kept beside every block: what the enabled policies read
+  double step_timeout = 0;  // seconds, after which a step counts as hanging; 0: never
+  SidecarConfig sidecars;   // kept beside every block: what the enabled policies read
 };
 
 // A moment's state, for /metrics, the statistics line and tests.
@@ -70,10 +71,12 @@ class Engine {
   virtual int max_model_len() const = 0;
   virtual const ModelConfig& model_config() const = 0;
   virtual const MemoryPlan* memory_plan() const = 0;  // of a GPU; null on the CPU
-  virtual bool failed() const = 0;  // a fatal engine error happened; /live answers 503
+  // A fatal error happened, or a step hangs: /live answers 503, and the process should end. After a
+  // step that hangs the engine must not be destroyed.
+  virtual bool failed() const = 0;
 
   // Refuses new requests, lets running ones finish until `deadline`, cancels the rest, and returns
-  // when all have ended. Any thread but the engine's.
+  // when all have ended or a step hangs. Any thread but the engine's.
   virtual void Drain(std::chrono::steady_clock::time_point deadline) = 0;
 };
 

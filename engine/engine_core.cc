@@ -146,13 +146,15 @@ void EngineCore::Add(RequestHandle handle, Request request, std::shared_ptr<Outp
 }
 
 void EngineCore::Cancel(RequestHandle handle) {
+  DeliverTokens();
   const auto it = requests_.find(handle);
-  if (it == requests_.end()) return;
-  EndRequest(*it->second, FinishReason::kCancelled, OkStatus());
+  if (it != requests_.end()) EndRequest(*it->second, FinishReason::kCancelled, OkStatus());
   ended_.clear();
 }
 
 void EngineCore::ExpireDeadlines(Clock::time_point now) {
+  if (deadlines_.empty() || deadlines_.begin()->first > now) return;
+  DeliverTokens();
   while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
     ActiveRequest& active = *requests_.at(deadlines_.begin()->second);
     EndRequest(
@@ -164,29 +166,34 @@ void EngineCore::ExpireDeadlines(Clock::time_point now) {
 }
 
 void EngineCore::EndAll(FinishReason reason, const Status& error) {
+  in_step_ = false;  // a step that threw does not go on
+  EndDelivered();
+  DeliverTokens();
   while (!requests_.empty()) EndRequest(*requests_.begin()->second, reason, error);
   ended_.clear();
 }
 
 void EngineCore::Step() {
   const StepPlan& plan = scheduler_.Schedule();
-  if (plan.sequences.empty()) return;
+  if (plan.sequences.empty()) {
+    DeliverTokens();
+    ended_.clear();
+    return;
+  }
   NoteStarts(plan);
+  in_step_ = true;
   const ModelRunner::Logits logits = runner_.Forward(plan);
+  DeliverTokens();  // of the step before, while a GPU works on this one
   ScorePrompts(plan, logits.score);
   SampleTokens(plan, logits.sample);
   CountSparsity(plan, logits.sparsity);
   scheduler_.Advance();
+  in_step_ = false;
+  EndDelivered();
 
-  const Clock::time_point now = Clock::now();
-  int row = 0;
-  for (const ScheduledSequence& scheduled : plan.sequences) {
-    if (!scheduled.samples) continue;
-    SampleResult& result = sample_results_[row++];
-    Answer& answer = *scheduled.sequence->answer;
-    // A sink that overflowed on another answer of the request has ended this one.
-    if (!answer.finished()) AcceptToken(answer, std::move(result), now);
-  }
+  TakeTokens(plan);
+  const bool overlaps = ops_.device() != Device::kCpu && scheduler_.HasWork();
+  if (!overlaps) DeliverTokens();
   PublishStats();
   ended_.clear();
 }
@@ -257,29 +264,67 @@ void EngineCore::CountSparsity(const StepPlan& plan, const StepSparsity& sparsit
   }
 }
 
-void EngineCore::AcceptToken(Answer& answer, SampleResult result, Clock::time_point now) {
-  ActiveRequest& active = *answer.active_request;
-  if (!active.prompt_done) FinishPrompt(active);
-  if (answer.MayGenerate()) {
-    const bool is_first = answer.num_generated() == 0;
-    answer.Accept(std::move(result));
-    ++num_generated_tokens_;
-    if (is_first) {
+// What the next step needs to know of the tokens that this one drew.
+void EngineCore::TakeTokens(const StepPlan& plan) {
+  const Clock::time_point now = Clock::now();
+  int row = 0;
+  for (const ScheduledSequence& scheduled : plan.sequences) {
+    if (!scheduled.samples) continue;
+    SampleResult& result = sample_results_[row++];
+    Answer& answer = *scheduled.sequence->answer;
+    if (answer.finished()) continue;  // a stop string came out of its text while this step ran
+    ActiveRequest& active = *answer.active_request;
+    if (!active.prompt_done) FinishPrompt(active);
+    taken_.push_back(&answer);
+    if (!answer.MayGenerate()) {
+      scheduler_.Remove(answer.sequence());
+      continue;
+    }
+    if (answer.num_generated() == 0) {
       metrics_.time_to_first_token.Observe(Seconds(now - active.submit_time));
     } else {
       metrics_.inter_token_latency.Observe(Seconds(now - answer.last_token_time));
     }
     answer.last_token_time = now;
-  } else {
-    answer.Finish(FinishReason::kLength);
+    answer.Take(std::move(result));
+    ++num_generated_tokens_;
+    if (answer.taken_is_last()) scheduler_.Remove(answer.sequence());
   }
+}
 
+// Text, stop rules, deltas.
+void EngineCore::DeliverTokens() {
+  if (taken_.empty()) return;
+  delivering_.clear();
+  delivering_.swap(taken_);
+  const Clock::time_point now = Clock::now();
+  for (Answer* answer : delivering_) {
+    // A sink that overflowed on another answer of the request has ended this one.
+    if (!answer->finished()) DeliverToken(*answer, now);
+  }
+}
+
+void EngineCore::DeliverToken(Answer& answer, Clock::time_point now) {
+  ActiveRequest& active = *answer.active_request;
+  if (answer.has_taken()) {
+    answer.Deliver();
+  } else {
+    answer.Finish(FinishReason::kLength);  // it was to have no tokens
+  }
   if (answer.finished()) FinishAnswer(answer, now);
   if (answer.HasDelta() && !active.sink->OnDelta(answer.TakeDelta())) {
     EndRequest(active, FinishReason::kCancelled, OkStatus());
   } else if (active.num_unfinished == 0) {
     CloseRequest(active);
   }
+}
+
+// What DeliverTokens ended while a step ran: now its sequences may go.
+void EngineCore::EndDelivered() {
+  for (Answer* answer : stopped_) scheduler_.Remove(answer->sequence());
+  stopped_.clear();
+  for (ActiveRequest* active : closing_) CloseRequest(*active);
+  closing_.clear();
 }
 
 void EngineCore::FinishPrompt(ActiveRequest& active) {
@@ -297,7 +342,11 @@ void EngineCore::FinishPrompt(ActiveRequest& active) {
 }
 
 void EngineCore::FinishAnswer(Answer& answer, Clock::time_point now) {
-  scheduler_.Remove(answer.sequence());
+  if (in_step_) {
+    stopped_.push_back(&answer);
+  } else {
+    scheduler_.Remove(answer.sequence());
+  }
   --answer.active_request->num_unfinished;
   metrics_.RequestSuccess(answer.finish_reason()).Increment();
   metrics_.e2e_request_latency.Observe(Seconds(now - answer.active_request->submit_time));
@@ -319,6 +368,7 @@ void EngineCore::EndRequest(ActiveRequest& active, FinishReason reason, const St
 
 void EngineCore::CloseRequest(ActiveRequest& active) {
   GLOAM_CHECK(active.num_unfinished == 0);
+  if (in_step_) return closing_.push_back(&active);
   if (!active.started) ++num_requests_started_;
   if (!active.prompt_done) num_held_answers_ -= active.request.n - 1;
   ++num_requests_ended_;

@@ -60,10 +60,10 @@ class EngineCore {
   // Ends requests whose deadline is before `now` with kDeadlineExceeded.
   void ExpireDeadlines(Clock::time_point now);
 
-  bool HasWork() const { return scheduler_.HasWork(); }
+  bool HasWork() const { return scheduler_.HasWork() || !taken_.empty(); }
 
-  // One step, if there is anything to do. May throw what the backend throws; then only EndAll may
-  // follow.
+  // One step, if there is anything to do. On a GPU the tokens that a step drew go out while the
+  // next one runs. May throw what the backend throws; then only EndAll may follow.
   void Step();
 
   // Ends every request.
@@ -93,7 +93,10 @@ class EngineCore {
   void ScorePrompts(const StepPlan& plan, const TensorView& logits);
   void SampleTokens(const StepPlan& plan, const TensorView& logits);
   void CountSparsity(const StepPlan& plan, const StepSparsity& sparsity);
-  void AcceptToken(Answer& answer, SampleResult result, Clock::time_point now);
+  void TakeTokens(const StepPlan& plan);
+  void DeliverTokens();
+  void DeliverToken(Answer& answer, Clock::time_point now);
+  void EndDelivered();
   void FinishPrompt(ActiveRequest& active);
   void FinishAnswer(Answer& answer, Clock::time_point now);
   void EndRequest(ActiveRequest& active, FinishReason reason, const Status& error);
@@ -116,6 +119,13 @@ class EngineCore {
   std::vector<std::unique_ptr<ActiveRequest>> ended_;
   std::set<std::pair<Clock::time_point, RequestHandle>> deadlines_;
   std::mt19937_64 seed_source_;  // of requests without a seed
+  // Answers whose last token is part of the sequence and has not gone out; and those in hand.
+  std::vector<Answer*> taken_;
+  std::vector<Answer*> delivering_;
+  // The scheduler's plan is on the device: sequences stay with it, and what ends meanwhile waits.
+  bool in_step_ = false;
+  std::vector<Answer*> stopped_;
+  std::vector<ActiveRequest*> closing_;
   std::vector<SampleRow> sample_rows_;
   std::vector<SampleResult> sample_results_;  // [max_num_seqs]
 

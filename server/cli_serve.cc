@@ -163,11 +163,16 @@ int RunServe(const ServeOptions& options) {
   if (grpc) grpc->Shutdown(std::chrono::system_clock::now() + kSendGrace);
   (*http)->Stop(kSendGrace);
   SPDLOG_INFO("stopped");
+  // What failed or hangs is not touched again, not even to free its memory.
+  if (failed) {
+    spdlog::shutdown();
+    std::_Exit(kExitFailure);
+  }
   http->reset();
   grpc.reset();
   model->reset();
   spdlog::shutdown();
-  return failed ? kExitFailure : 0;
+  return 0;
 }
 
 }  // namespace gloam

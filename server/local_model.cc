@@ -82,6 +82,9 @@ DType KvDType(std::string_view name) {
   return name == "bf16" ? DType::kBF16 : DType::kF16;
 }
 
+// Far above the longest step of a GPU, 8192 tokens of prefill at full context.
+constexpr double kGpuStepTimeout = 60;  // seconds
+
 constexpr int kCpuBatchedTokens = 2048;
 constexpr int kGpuBatchedTokens = 8192;
 
@@ -197,6 +200,7 @@ Status LocalModel::StartEngine(const ServeOptions& options, const std::string& n
   engine.max_queued_requests = options.max_queued_requests;
   engine.kv_cache_bytes = options.kv_cache_memory;
   if (engine.kv_cache_bytes == 0 && !on_gpu) engine.kv_cache_bytes = DefaultKvCacheBytes();
+  if (on_gpu) engine.step_timeout = kGpuStepTimeout;
   engine.gpu_memory_utilization = options.gpu_memory_utilization;
   engine.kv_cache_dtype = KvDType(kv_cache_dtype_);
   engine.enable_prefix_caching = options.enable_prefix_caching;

@@ -2,6 +2,7 @@
 // is what it answers on the CPU.
 #include <random>
 #include <set>
+#include <thread>
 
 #include "catch2/catch.hpp"
 #include "engine/staged_block_tables.h"
@@ -15,7 +16,9 @@ namespace {
 using testing::CollectingSink;
 using testing::FakeModel;
 using testing::FakeOps;
+using testing::Gate;
 using testing::GreedyRequest;
+using testing::Says;
 using testing::SmallOptions;
 using testing::TestEngine;
 using testing::Tokens;
@@ -105,6 +108,65 @@ TEST_CASE("logits of the warm-up are downloaded, and decoding is recorded before
   CHECK(engine.ops.reserved.max_context == FakeModel().config().max_position);
   CHECK(engine->memory_plan() != nullptr);
   CHECK(TestEngine()->memory_plan() == nullptr);
+}
+
+TEST_CASE("tokens go out while the next step runs; what a stop string cuts off is thrown away") {
+  Gate gate;
+  TestEngine engine(
+      SmallOptions(),
+      [&](FakeModel& model) {
+        Says(Tokens("say the end now"), 1)(model);
+        model.on_forward = [&gate](const auto&) { gate.Pass(); };
+      },
+      Device::kCuda);
+  Request request = GreedyRequest(Tokens("a"), 30);
+  request.sampling.stop = {"end"};
+  const int before = gate.num_arrivals();
+  const auto sink = engine.Run(request);
+  CHECK(sink->output().text == "say the ");
+  CHECK(sink->output().tokens == Tokens("say the end"));
+  CHECK(sink->Wait().completion_tokens == 11);
+  CHECK(engine->stats().num_blocks_in_use == 0);
+  CHECK(gate.num_arrivals() - before == 12);  // the last one's token is nobody's
+
+  // The end of sequence and the length are known before the next step.
+  request.sampling.stop.clear();
+  request.sampling.max_tokens = 7;
+  const int before_length = gate.num_arrivals();
+  CHECK(engine.Run(request)->output().tokens.size() == 7);
+  CHECK(gate.num_arrivals() - before_length == 7);
+
+  // A token is with its reader before the step that follows it has ended.
+  request.sampling.max_tokens = 30;
+  const auto slow = std::make_shared<CollectingSink>();
+  gate.Close();
+  REQUIRE(engine->Submit(request, slow).ok());
+  gate.WaitUntilHeld();  // the prompt's step
+  gate.LetOnePass();
+  gate.WaitUntilHeld();  // the second token's; the fake model runs where Forward is called
+  gate.LetOnePass();
+  slow->WaitForDeltas(1);
+  gate.Open();
+  slow->Wait();
+}
+
+TEST_CASE("a step that hangs is a failure, and draining does not wait for it") {
+  Gate gate;
+  EngineOptions options = SmallOptions();
+  options.step_timeout = 0.05;
+  TestEngine engine(
+      options,
+      [&gate](FakeModel& model) { model.on_forward = [&gate](const auto&) { gate.Pass(); }; },
+      Device::kCuda);
+  gate.Close();
+  const auto sink = std::make_shared<CollectingSink>();
+  REQUIRE(engine->Submit(GreedyRequest(Tokens("abc"), 4), sink).ok());
+  gate.WaitUntilHeld();
+  while (!engine->failed()) std::this_thread::yield();
+  engine->Drain(std::chrono::steady_clock::now());
+  CHECK_FALSE(sink->ended());
+  gate.Open();  // so that this test's threads end
+  sink->Wait();
 }
 
 TEST_CASE("policies are refused on a GPU, with the field's name") {

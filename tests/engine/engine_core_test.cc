@@ -23,7 +23,7 @@ TEST_CASE("random requests, cancellations, deadlines, full sinks and steps") {
     CAPTURE(seed);
     std::mt19937 random(seed);
     const auto draw = [&random](int n) { return static_cast<int>(random() % n); };
-    testing::FakeOps ops;
+    testing::FakeOps ops(seed % 2 == 0 ? Device::kCpu : Device::kCuda);
     testing::FakeTokenizer tokenizer;
     MetricsRegistry metrics("fake");
     EngineOptions options = SmallOptions();
@@ -32,8 +32,10 @@ TEST_CASE("random requests, cancellations, deadlines, full sinks and steps") {
     options.max_num_seqs = 1 + draw(8);
     options.max_num_batched_tokens = 1 + draw(40);
     options.enable_prefix_caching = draw(4) != 0;
+    auto model = std::make_unique<FakeModel>();
+    model->ops = &ops;
     const auto core =
-        EngineCore::Create(options, ops, std::make_unique<FakeModel>(), tokenizer, metrics).value();
+        EngineCore::Create(options, ops, std::move(model), tokenizer, metrics).value();
 
     // Deadlines and "now" come from a clock of the test's own.
     const EngineCore::Clock::time_point start = EngineCore::Clock::now();

@@ -80,7 +80,7 @@ struct TestEngine {
                       Device device = Device::kCpu)
       : ops(device) {
     auto model = std::make_unique<FakeModel>();
-    if (device == Device::kCuda) model->ops = &ops;
+    model->ops = &ops;
     if (configure) configure(*model);
     engine = Engine::Create(options, ops, std::move(model), tokenizer, metrics).value();
   }

@@ -46,9 +46,10 @@ TEST_CASE("an answer streams and ends with end-of-sequence") {
 }
 
 TEST_CASE("max_tokens, the end of the context, and no tokens at all") {
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
   EngineOptions options = SmallOptions();
   options.max_model_len = 20;
-  TestEngine engine(options, Says(Tokens("abcdefghijklmnopqrstuvwxyz"), 10));
+  TestEngine engine(options, Says(Tokens("abcdefghijklmnopqrstuvwxyz"), 10), device);
   auto sink = engine.Run(GreedyRequest(Tokens("abcdefghij"), 4));
   CHECK(sink->output().text == "abcd");
   CHECK(sink->output().finish_reason == FinishReason::kLength);
@@ -65,7 +66,8 @@ TEST_CASE("max_tokens, the end of the context, and no tokens at all") {
 }
 
 TEST_CASE("a stop string over token borders") {
-  TestEngine engine(SmallOptions(), Says(Tokens("say the end now"), 1));
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
+  TestEngine engine(SmallOptions(), Says(Tokens("say the end now"), 1), device);
   Request request = GreedyRequest(Tokens("a"), 30);
   request.sampling.stop = {"zz", "end"};
   auto sink = engine.Run(request);
@@ -91,7 +93,8 @@ TEST_CASE("a stop string over token borders") {
 }
 
 TEST_CASE("stop tokens give their id and no text") {
-  TestEngine engine(SmallOptions(), Says(Tokens("abcdef"), 1));
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
+  TestEngine engine(SmallOptions(), Says(Tokens("abcdef"), 1), device);
   Request request = GreedyRequest(Tokens("a"), 30);
   request.sampling.stop_token_ids = {4};
   auto sink = engine.Run(request);
@@ -103,7 +106,8 @@ TEST_CASE("stop tokens give their id and no text") {
 }
 
 TEST_CASE("min_tokens forbids ending, ignore_eos goes past it") {
-  TestEngine engine(SmallOptions(), Says(Tokens("ab"), 1));
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
+  TestEngine engine(SmallOptions(), Says(Tokens("ab"), 1), device);
   Request request = GreedyRequest(Tokens("a"), 8);
   request.sampling.min_tokens = 5;
   auto sink = engine.Run(request);
@@ -119,7 +123,8 @@ TEST_CASE("min_tokens forbids ending, ignore_eos goes past it") {
 }
 
 TEST_CASE("characters arrive whole, with all of their tokens") {
-  TestEngine engine(SmallOptions(), Says({1, 28, 29, 2, 28}, 1));
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
+  TestEngine engine(SmallOptions(), Says({1, 28, 29, 2, 28}, 1), device);
   const auto sink = engine.Run(GreedyRequest(Tokens("a"), 30));
   REQUIRE(sink->output().pieces.size() == 4);
   CHECK(sink->output().pieces[0] == "a");
@@ -130,7 +135,8 @@ TEST_CASE("characters arrive whole, with all of their tokens") {
 }
 
 TEST_CASE("log-probabilities come one per token") {
-  TestEngine engine;
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
+  TestEngine engine(SmallOptions(), {}, device);
   Request request = GreedyRequest(Tokens("abcdefgh"), 6);
   request.sampling.num_logprobs = 2;
   request.sampling.ignore_eos = true;
@@ -229,7 +235,8 @@ TEST_CASE("n answers: own seeds, repeatable, one computation of the prompt") {
 }
 
 TEST_CASE("penalties see what was generated, bias and bans reach the sampler") {
-  TestEngine engine(SmallOptions(), Says(std::vector<int32_t>(20, 5), 1));
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
+  TestEngine engine(SmallOptions(), Says(std::vector<int32_t>(20, 5), 1), device);
   Request request = GreedyRequest(Tokens("a"), 10);
   CHECK(engine.Run(request)->output().text == "eeeeeeeeee");
   request.sampling.frequency_penalty = 2;  // the fake's favourite leads by ~100
@@ -294,8 +301,9 @@ TEST_CASE("the queue is bounded") {
 }
 
 TEST_CASE("cancelling frees the blocks within one step") {
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
   Gate gate;
-  TestEngine engine(SmallOptions(), Through(gate));
+  TestEngine engine(SmallOptions(), Through(gate), device);
   Request endless = GreedyRequest(Tokens("abc"), 900);
   endless.sampling.ignore_eos = true;
   const auto bystander = std::make_shared<CollectingSink>();
@@ -330,7 +338,8 @@ TEST_CASE("cancelling frees the blocks within one step") {
 }
 
 TEST_CASE("a sink that refuses is cancelled; the others go on") {
-  TestEngine engine;
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
+  TestEngine engine(SmallOptions(), {}, device);
   Request request = GreedyRequest(Tokens("abc"), 20);
   request.sampling.ignore_eos = true;
   request.n = 3;
@@ -344,10 +353,11 @@ TEST_CASE("a sink that refuses is cancelled; the others go on") {
 }
 
 TEST_CASE("deadlines end requests that wait and requests that run") {
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
   Gate gate;
   EngineOptions options = SmallOptions();
   options.max_num_seqs = 1;
-  TestEngine engine(options, Through(gate));
+  TestEngine engine(options, Through(gate), device);
   gate.Close();
   Request request = GreedyRequest(Tokens("abc"), 500);
   request.sampling.ignore_eos = true;
@@ -410,9 +420,10 @@ TEST_CASE("draining cancels what is left at the deadline") {
 }
 
 TEST_CASE("the destructor ends every request with an error") {
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
   const auto sink = std::make_shared<CollectingSink>(2);
   {
-    TestEngine engine;
+    TestEngine engine(SmallOptions(), {}, device);
     Request request = GreedyRequest(Tokens("abc"), 100000);
     request.sampling.max_tokens.reset();
     request.sampling.ignore_eos = true;
@@ -425,14 +436,16 @@ TEST_CASE("the destructor ends every request with an error") {
 }
 
 TEST_CASE("a step that fails ends every request, and the engine says so") {
+  const Device device = GENERATE(Device::kCpu, Device::kCuda);
   std::atomic<bool> fail = false;
   EngineOptions options = SmallOptions();
   options.max_num_seqs = 2;
-  TestEngine engine(options, [&](FakeModel& model) {
+  const auto failing = [&](FakeModel& model) {
     model.on_forward = [&](const auto&) {
       if (fail) throw std::runtime_error("device lost");
     };
-  });
+  };
+  TestEngine engine(options, failing, device);
   std::vector<std::shared_ptr<CollectingSink>> sinks;
   Request request = GreedyRequest(Tokens("abc"), 900);
   request.sampling.ignore_eos = true;

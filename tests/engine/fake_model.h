@@ -207,7 +207,7 @@ class FakeModel : public Model {
   std::function<void(const ForwardBatch&)> on_forward;
   // The most likely token after a history; without it, one drawn from a hash of the history.
   std::function<int32_t(std::span<const int32_t>)> next_token;
-  // Of a GPU, which records what the model does; null: nothing is recorded.
+  // Which may record what the model does; null: nothing is recorded.
   FakeOps* ops = nullptr;
 
  private:
