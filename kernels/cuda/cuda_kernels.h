@@ -49,13 +49,18 @@ class AttentionBackend {
 };
 std::unique_ptr<AttentionBackend> MakeAttentionBackend(const DeviceContext& context);
 
-// Sampling with its scratch memory: sample.cu.
+// Sampling with its scratch memory: sample.cc and its kernels. Sample and Score return when their
+// results are there; they allocate only for a call whose lists (banned, bias, prompt, counts) or
+// likely tokens outgrow what was there (CudaError when there is no memory). output_counts must
+// name each token once.
 class SampleBackend {
  public:
   virtual ~SampleBackend() = default;
   [[nodiscard]] virtual Status Reserve(const StepLimits& limits) = 0;
   virtual void Sample(const SampleParams& params) = 0;
   virtual void Score(const ScoreParams& params) = 0;
+  // [num_rows] of the last Sample, on the device, valid until Sample is called again.
+  virtual const int32_t* device_tokens() const = 0;
 };
 std::unique_ptr<SampleBackend> MakeSampleBackend(const DeviceContext& context);
 

@@ -89,11 +89,11 @@ inline std::vector<float> ToFloat(DType dtype, std::span<const uint16_t> bits) {
   for (size_t i = 0; i < bits.size(); ++i) {
     if (dtype == DType::kBF16) {
       __nv_bfloat16 x;
-      std::memcpy(&x, &bits[i], sizeof(x));
+      std::memcpy(static_cast<void*>(&x), &bits[i], sizeof(x));
       values[i] = __bfloat162float(x);
     } else {
       __half x;
-      std::memcpy(&x, &bits[i], sizeof(x));
+      std::memcpy(static_cast<void*>(&x), &bits[i], sizeof(x));
       values[i] = __half2float(x);
     }
   }
