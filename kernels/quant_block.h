@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/check.h"
 #include "kernels/weight.h"
 
 namespace gloam {
@@ -25,7 +26,32 @@ struct QuantTraits {
 };
 
 // For quantised types only.
-const QuantTraits& QuantTraitsOf(WeightType type);
+constexpr QuantTraits QuantTraitsOf(WeightType type) {
+  switch (type) {
+    case WeightType::kQ4_0:
+      return {4, 8, false, false, 1};
+    case WeightType::kQ4_1:
+      return {4, 0, true, false, 1};
+    case WeightType::kQ5_0:
+      return {5, 16, false, false, 1};
+    case WeightType::kQ5_1:
+      return {5, 0, true, false, 1};
+    case WeightType::kQ8_0:
+      return {8, 128, false, false, 1};
+    case WeightType::kQ4_K:
+      return {4, 0, true, true, 1};
+    case WeightType::kQ5_K:
+      return {5, 0, true, true, 1};
+    case WeightType::kQ6_K:
+      return {6, 32, false, true, 2};
+    case WeightType::kF32:
+    case WeightType::kF16:
+    case WeightType::kBF16:
+      break;
+  }
+  GLOAM_CHECK(!"a quantised weight type");
+  return {};
+}
 
 bool IsQuantized(WeightType type);
 

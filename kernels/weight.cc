@@ -11,7 +11,7 @@ namespace gloam {
 namespace {
 
 void DequantizeRun(WeightType type, const QuantRun& run, float* out) {
-  const QuantTraits& traits = QuantTraitsOf(type);
+  const QuantTraits traits = QuantTraitsOf(type);
   float add = 0;
   if (traits.has_min) {
     add = F16ToF32(run.min);

@@ -68,7 +68,7 @@ using PanelSource = std::array<const std::byte*, kPanelRows>;
 
 void PackQuantizedPanel(WeightType type, int64_t num_runs, const PanelLayout& layout,
                         const PanelSource& rows, std::byte* panel) {
-  const QuantTraits& traits = QuantTraitsOf(type);
+  const QuantTraits traits = QuantTraitsOf(type);
   for (int64_t run_index = 0; run_index < num_runs; ++run_index) {
     std::byte* quants = panel + run_index * layout.run_quant_bytes;
     for (int lane = 0; lane < kPanelRows && rows[lane] != nullptr; ++lane) {
@@ -96,7 +96,7 @@ PanelLayout PanelLayoutOf(WeightType type, int64_t cols) {
   if (!IsQuantized(type)) {
     layout.panel_bytes = RowBytes(type, cols) * kPanelRows;
   } else {
-    const QuantTraits& traits = QuantTraitsOf(type);
+    const QuantTraits traits = QuantTraitsOf(type);
     const int64_t num_runs = cols / kRunElements;
     const int num_mins = traits.has_min ? 1 : 0;
     layout.run_quant_bytes = kQuadBytes * traits.bits;

@@ -13,61 +13,10 @@
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cpu/gemm_kernels.h"
 #include "kernels/quant_block.h"
+#include "tests/kernels/random_weight.h"
 
 namespace gloam::cpu {
 namespace {
-
-constexpr WeightType kAllTypes[] = {
-    WeightType::kF32,  WeightType::kF16,  WeightType::kBF16, WeightType::kQ4_0,
-    WeightType::kQ4_1, WeightType::kQ5_0, WeightType::kQ5_1, WeightType::kQ8_0,
-    WeightType::kQ4_K, WeightType::kQ5_K, WeightType::kQ6_K,
-};
-
-// Columns that end inside a chunk of 256 where the type allows it.
-int64_t RaggedCols(WeightType type) {
-  const int block = InfoOf(type).block_elements;
-  return block == 256 ? 512 : block == 32 ? 352 : 301;
-}
-
-// A random matrix as a file would hold it.
-struct Matrix {
-  std::vector<std::byte> bytes;
-  RawWeight raw;
-
-  Matrix(WeightType type, int64_t rows, int64_t cols, std::mt19937& rng) {
-    bytes.resize(rows * RowBytes(type, cols));
-    for (std::byte& byte : bytes) byte = static_cast<std::byte>(rng() & 0xff);
-    raw = {bytes.data(), type, rows, cols};
-    const auto put16 = [&](size_t at, uint32_t value) { std::memcpy(&bytes[at], &value, 2); };
-    // fp16 of 2^-7..2^-4, either sign.
-    const auto f16 = [&] { return (rng() & 0x83ff) | (8 + rng() % 4) << 10; };
-    const WeightTypeInfo& info = InfoOf(type);
-    const size_t num_blocks = bytes.size() / info.block_bytes;
-    for (size_t block = 0; block < num_blocks; ++block) {
-      const size_t at = block * info.block_bytes;
-      if (type == WeightType::kF32) {
-        const float value = std::normal_distribution<float>()(rng);
-        std::memcpy(&bytes[at], &value, 4);
-      } else if (type == WeightType::kBF16) {
-        put16(at, (rng() & 0x807f) | (120 + rng() % 8) << 7);
-      } else if (type == WeightType::kQ6_K) {
-        put16(at + 208, f16());
-      } else {
-        put16(at, f16());
-        const bool has_min = info.block_elements > 1 && QuantTraitsOf(type).has_min;
-        if (has_min) put16(at + 2, f16());
-      }
-    }
-  }
-
-  std::vector<float> Dequantized() const {
-    std::vector<float> values(raw.rows * raw.cols);
-    for (int64_t row = 0; row < raw.rows; ++row) {
-      DequantizeRow(raw, row, values.data() + row * raw.cols);
-    }
-    return values;
-  }
-};
 
 std::unique_ptr<Weight> Pack(std::initializer_list<RawWeight> parts, ThreadPool& pool) {
   auto packed = PackWeight(std::span(parts.begin(), parts.size()), pool);
@@ -116,24 +65,6 @@ std::vector<float> RoundedActivations(const std::vector<float>& x) {
   return rounded;
 }
 
-// Sum over k of the magnitudes that the fp32 sums of one output element run over. A weight with a
-// min is a difference of two larger terms, each rounded.
-double Magnitude(const Matrix& matrix, const float* w, int64_t row, const float* x) {
-  const RawWeight& raw = matrix.raw;
-  double sum = 0;
-  for (int64_t k = 0; k < raw.cols; ++k) {
-    double min = 0;
-    if (IsQuantized(raw.type) && QuantTraitsOf(raw.type).has_min) {
-      const std::byte* data = raw.data + row * RowBytes(raw.type, raw.cols);
-      const QuantRun run = DecodeRun(raw.type, data, k / 32);
-      // The largest fp16 that Matrix makes, times the sub-min.
-      min = 0.125 * (QuantTraitsOf(raw.type).is_k_quant ? run.sub_min : 1);
-    }
-    sum += (std::fabs(w[k]) + 2 * min) * std::fabs(x[k]);
-  }
-  return sum;
-}
-
 // Checks the product against double precision.
 //   fp32 rounding: at most 3 roundings per step of the sum, each 2^-24 of a partial sum that is
 //     bounded by the magnitudes' sum A: |error| <= 3 * steps * 2^-24 * A.
@@ -144,7 +75,7 @@ void CheckAgainstDouble(WeightType type, int64_t rows, CpuActivations activation
   std::mt19937 rng(7 + static_cast<unsigned>(type));
   const int64_t cols = RaggedCols(type);
   const int64_t num_outputs = 37;  // two panels and a bit
-  const Matrix matrix(type, num_outputs, cols, rng);
+  const RandomWeight matrix(type, num_outputs, cols, rng);
   ThreadPool pool(2);
   const auto weight = Pack({matrix.raw}, pool);
   const std::vector<float> x = RandomActivations(rows, cols, rng);
@@ -153,6 +84,7 @@ void CheckAgainstDouble(WeightType type, int64_t rows, CpuActivations activation
   const bool int8 = activations == CpuActivations::kInt8 && IsQuantized(type);
   const std::vector<float> seen = int8 ? RoundedActivations(x) : x;
   const std::vector<float> w = matrix.Dequantized();
+  const std::vector<float> sizes = matrix.TermSizes();
   const int64_t steps = int8 ? cols / 16 + 2 : cols;
   double worst = 0;  // error in units of its bound
   for (int64_t row = 0; row < rows; ++row) {
@@ -163,9 +95,11 @@ void CheckAgainstDouble(WeightType type, int64_t rows, CpuActivations activation
       double exact = 0;
       double exact_seen = 0;
       double step_error = 0;
+      double magnitude = 0;
       for (int64_t k = 0; k < cols; ++k) {
         exact += double{wn[k]} * xr[k];
         exact_seen += double{wn[k]} * sr[k];
+        magnitude += double{sizes[n * cols + k]} * std::fabs(sr[k]);
         if (!int8) continue;
         float largest = 0;
         for (int64_t i = k / 32 * 32; i < k / 32 * 32 + 32; ++i) {
@@ -173,7 +107,7 @@ void CheckAgainstDouble(WeightType type, int64_t rows, CpuActivations activation
         }
         step_error += std::fabs(wn[k]) * largest / 254 * 1.01;
       }
-      const double rounding = 3.0 * steps * 0x1p-24 * Magnitude(matrix, wn, n, sr);
+      const double rounding = 3.0 * steps * 0x1p-24 * magnitude;
       const double actual = y[row * num_outputs + n];
       worst = std::max(worst, std::fabs(actual - exact_seen) / rounding);
       worst = std::max(worst, std::fabs(actual - exact) / (rounding + step_error));
@@ -215,7 +149,7 @@ TEST_CASE("A row's result does not depend on the other rows or on the threads") 
   for (WeightType type : kAllTypes) {
     std::mt19937 rng(11);
     const int64_t cols = RaggedCols(type);
-    const Matrix matrix(type, 83, cols, rng);
+    const RandomWeight matrix(type, 83, cols, rng);
     std::vector<float> x = RandomActivations(kMaxRows, cols, rng);
     for (CpuActivations activations : {CpuActivations::kInt8, CpuActivations::kF32}) {
       std::vector<float> expected;  // row by row
@@ -246,9 +180,9 @@ TEST_CASE("Bias, residual, strides and several outputs") {
   const int64_t cols = 512;
   ThreadPool pool(2);
   // Different types beside each other: Q and K quantised, V in fp32.
-  const Matrix matrices[] = {Matrix(WeightType::kQ4_K, 40, cols, rng),
-                             Matrix(WeightType::kQ8_0, 16, cols, rng),
-                             Matrix(WeightType::kF32, 5, cols, rng)};
+  const RandomWeight matrices[] = {RandomWeight(WeightType::kQ4_K, 40, cols, rng),
+                                   RandomWeight(WeightType::kQ8_0, 16, cols, rng),
+                                   RandomWeight(WeightType::kF32, 5, cols, rng)};
   const std::vector<float> x = RandomActivations(rows, cols, rng);
   const std::vector<float> bias = RandomActivations(1, 40, rng);
 
@@ -300,8 +234,8 @@ TEST_CASE("Stacked parts equal their separate products") {
   for (WeightType type : kAllTypes) {
     CAPTURE(std::string(InfoOf(type).name));
     const int64_t cols = RaggedCols(type);
-    const Matrix a(type, 21, cols, rng);
-    const Matrix b(type, 7, cols, rng);
+    const RandomWeight a(type, 21, cols, rng);
+    const RandomWeight b(type, 7, cols, rng);
     const auto stacked = Pack({a.raw, b.raw, a.raw}, pool);
     CHECK(stacked->type() == type);
     CHECK(stacked->rows() == 49);
@@ -321,7 +255,7 @@ TEST_CASE("Packed weights keep the precision and about the size of the file") {
   ThreadPool pool(1);
   for (WeightType type : kAllTypes) {
     CAPTURE(std::string(InfoOf(type).name));
-    const Matrix matrix(type, 64, 1024, rng);
+    const RandomWeight matrix(type, 64, 1024, rng);
     const auto weight = Pack({matrix.raw}, pool);
     // K-quants' 6-bit sub-scales become bytes.
     CHECK(weight->bytes() <= static_cast<int64_t>(matrix.bytes.size()) * 1.12 + 64);
@@ -334,7 +268,7 @@ TEST_CASE("Embed returns the rows that DequantizeRow returns") {
   for (WeightType type : kAllTypes) {
     CAPTURE(std::string(InfoOf(type).name));
     const int64_t cols = RaggedCols(type);
-    const Matrix matrix(type, 50, cols, rng);
+    const RandomWeight matrix(type, 50, cols, rng);
     const auto table = Pack({matrix.raw}, pool);
     std::vector<int32_t> tokens = {0, 49, 15, 16, 17, 31, 32, 7, 7, 48, 1};
     const auto num_tokens = static_cast<int64_t>(tokens.size());

@@ -1,0 +1,287 @@
+// GemmBackend: weights on the device and the choice between the streaming kernels, for few rows,
+// and cuBLASLt, for many.
+#include <algorithm>
+#include <array>
+#include <string>
+#include <utility>
+
+#include "base/check.h"
+#include "kernels/cuda/cublas_lt.h"
+#include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/gemm_params.h"
+#include "kernels/cuda/weight_upload.h"
+#include "kernels/quant_block.h"
+
+namespace gloam::cuda {
+namespace {
+
+// Most rows of x that the streaming kernels take before cuBLASLt is faster.
+constexpr int64_t kMaxStreamedBF16 = 32;
+constexpr int64_t kMaxStreamedPacked = 96;  // for cuBLASLt, weights are dequantised each time
+
+// Shared memory of an SM that half of it leaves to the small kernels between two products.
+constexpr int kSharedForOthers = 8 << 10;
+
+// Of a block, about what the memory of an H100 delivers in 2 us to each SM.
+constexpr int kPrefetchBytes = 48 << 10;
+
+// Rows of a quantised weight are dequantised this many bytes at a time.
+constexpr size_t kScratchBytes = 64 << 20;
+
+class DeviceWeight final : public Weight {
+ public:
+  DeviceWeight(WeightType type, const DeviceMatrix& matrix, Buffer data, Buffer row_scales = {})
+      : type_(type), matrix_(matrix), data_(std::move(data)), row_scales_(std::move(row_scales)) {}
+
+  WeightType type() const override { return type_; }
+  int64_t rows() const override { return matrix_.rows; }
+  int64_t cols() const override { return matrix_.cols; }
+  int64_t bytes() const override {
+    return static_cast<int64_t>(data_.bytes() + row_scales_.bytes());
+  }
+  const DeviceMatrix& matrix() const { return matrix_; }
+
+ private:
+  WeightType type_;
+  DeviceMatrix matrix_;
+  Buffer data_;
+  Buffer row_scales_;  // of fp8
+};
+
+const DeviceMatrix& MatrixOf(const Weight* weight) {
+  return static_cast<const DeviceWeight*>(weight)->matrix();
+}
+
+bool IsBF16(const TensorView& view) {
+  GLOAM_CHECK(view.device == Device::kCuda);
+  GLOAM_CHECK(view.dtype == DType::kBF16 || view.dtype == DType::kF32);
+  return view.dtype == DType::kBF16;
+}
+
+void* ElementAt(const TensorView& view, int64_t row, int64_t col) {
+  return static_cast<char*>(view.data) +
+         (row * view.strides[0] + col) * static_cast<int64_t>(DTypeBytes(view.dtype));
+}
+
+bool ShareLaunch(const DeviceMatrix& a, const DeviceMatrix& b) {
+  return a.format == b.format && a.type == b.type;
+}
+
+class CudaGemm final : public GemmBackend {
+ public:
+  explicit CudaGemm(const DeviceContext& context)
+      : context_(context),
+        stream_device_({.num_sms = context.num_sms,
+                        .block_shared_bytes = context.max_shared_bytes / 2 - kSharedForOthers,
+                        .max_shared_bytes = context.max_shared_bytes,
+                        .prefetch_bytes = kPrefetchBytes,
+                        .stream = context.stream}) {}
+
+  // A model is complete when its step is reserved: what loading needed goes.
+  Status Reserve(const StepLimits&) override {
+    uploader_.reset();
+    return OkStatus();
+  }
+
+  StatusOr<std::unique_ptr<Weight>> LoadWeight(std::span<const RawWeight> parts) override {
+    GLOAM_CHECK(!parts.empty());
+    GLOAM_RETURN_IF_ERROR(PrepareLarge(IsQuantized(parts[0].type) || context_.options.fp8_weights));
+    if (uploader_ == nullptr) uploader_ = std::make_unique<WeightUploader>();
+    const WeightType type = parts[0].type;
+    DeviceMatrix matrix = {.type = type, .cols = parts[0].cols};
+    for (const RawWeight& part : parts) {
+      GLOAM_CHECK(part.type == type && part.cols == matrix.cols);
+      matrix.rows += part.rows;
+    }
+    GLOAM_CHECK(matrix.cols % kRunElements == 0);
+    if (IsQuantized(type)) return LoadQuantized(parts, matrix);
+    return context_.options.fp8_weights ? LoadFP8(parts, matrix) : LoadFloats(parts, matrix);
+  }
+
+  void Embed(const EmbedParams& params) override {
+    const DeviceMatrix& matrix = MatrixOf(params.table);
+    const int64_t num_tokens = params.out.shape[0];
+    GLOAM_CHECK(params.out.rank == 2 && params.out.shape[1] == matrix.cols);
+    if (num_tokens == 0) return;
+    const auto embed = matrix.format == DeviceFormat::kFP8 ? EmbedFP8 : EmbedRows;
+    embed(matrix, params.token_ids, num_tokens, params.out.data, params.out.strides[0],
+          IsBF16(params.out), context_.stream);
+  }
+
+  void Gemm(const GemmParams& params) override {
+    GLOAM_CHECK(params.num_outputs >= 1 && params.num_outputs <= GemmParams::kMaxOutputs);
+    GLOAM_CHECK(params.x.rank == 2 && IsBF16(params.x));
+    GLOAM_CHECK(reinterpret_cast<uintptr_t>(params.x.data) % 16 == 0 &&
+                params.x.strides[0] % 8 == 0);
+    if (params.x.shape[0] == 0) return;
+    std::array<bool, GemmParams::kMaxOutputs> is_done = {};
+    for (int i = 0; i < params.num_outputs; ++i) {
+      if (is_done[i]) continue;
+      const DeviceMatrix& first = MatrixOf(params.outputs[i].weight);
+      if (!IsStreamed(first, params.x.shape[0])) {
+        MultiplyLarge(params.x, params.outputs[i]);
+        continue;
+      }
+      std::array<const GemmOutput*, GemmParams::kMaxOutputs> together = {};
+      int count = 0;
+      for (int j = i; j < params.num_outputs; ++j) {
+        if (is_done[j] || !ShareLaunch(first, MatrixOf(params.outputs[j].weight))) continue;
+        is_done[j] = true;
+        together[count++] = &params.outputs[j];
+      }
+      MultiplyStreamed(params.x, std::span(together.data(), count));
+    }
+  }
+
+ private:
+  bool IsStreamed(const DeviceMatrix& matrix, int64_t m) const {
+    if (context_.options.batch_invariant) return true;
+    return m <= (matrix.format == DeviceFormat::kBF16 ? kMaxStreamedBF16 : kMaxStreamedPacked);
+  }
+
+  Status PrepareLarge(bool dequantizes) {
+    if (context_.options.batch_invariant) return OkStatus();
+    if (cublas_ == nullptr) {
+      GLOAM_ASSIGN_OR_RETURN(cublas_, CublasLt::Load());
+      GLOAM_ASSIGN_OR_RETURN(workspace_, AllocateDevice(CublasLt::kWorkspaceBytes));
+    }
+    if (dequantizes && scratch_.data() == nullptr) {
+      GLOAM_ASSIGN_OR_RETURN(scratch_, AllocateDevice(kScratchBytes));
+    }
+    return OkStatus();
+  }
+
+  StatusOr<std::unique_ptr<Weight>> LoadFloats(std::span<const RawWeight> parts,
+                                               DeviceMatrix matrix) {
+    const WeightType type = matrix.type;
+    matrix.format = DeviceFormat::kBF16;
+    matrix.type = WeightType::kBF16;
+    GLOAM_ASSIGN_OR_RETURN(Buffer data, AllocateDevice(matrix.rows * matrix.cols * 2));
+    matrix.data = data.data();
+    auto* out = static_cast<uint16_t*>(data.data());
+    const auto convert = [&](const void* raw, int64_t first_row, int64_t num_rows,
+                             cudaStream_t stream) {
+      ConvertToBF16(type, raw, out + first_row * matrix.cols, num_rows * matrix.cols, stream);
+    };
+    GLOAM_RETURN_IF_ERROR(uploader_->Upload(
+        parts, 1, type == WeightType::kBF16 ? data.data() : nullptr, convert, context_.stream));
+    return std::make_unique<DeviceWeight>(type, matrix, std::move(data));
+  }
+
+  StatusOr<std::unique_ptr<Weight>> LoadQuantized(std::span<const RawWeight> parts,
+                                                  DeviceMatrix matrix) {
+    matrix.format = DeviceFormat::kQuantized;
+    GLOAM_ASSIGN_OR_RETURN(Buffer data,
+                           AllocateDevice(PackedBytes(matrix.type, matrix.rows, matrix.cols)));
+    matrix.data = data.data();
+    const auto pack = [&](const void* raw, int64_t first_row, int64_t num_rows,
+                          cudaStream_t stream) {
+      PackQuantized(matrix.type, raw, first_row, num_rows, matrix.cols, data.data(), stream);
+    };
+    GLOAM_RETURN_IF_ERROR(uploader_->Upload(parts, kUnitRows, nullptr, pack, context_.stream));
+    return std::make_unique<DeviceWeight>(matrix.type, matrix, std::move(data));
+  }
+
+  StatusOr<std::unique_ptr<Weight>> LoadFP8(std::span<const RawWeight> parts, DeviceMatrix matrix) {
+    const WeightType type = matrix.type;
+    matrix.format = DeviceFormat::kFP8;
+    matrix.type = WeightType::kBF16;
+    GLOAM_ASSIGN_OR_RETURN(Buffer data, AllocateDevice(FP8Bytes(matrix.rows, matrix.cols)));
+    GLOAM_ASSIGN_OR_RETURN(Buffer scales, AllocateDevice(matrix.rows * sizeof(float)));
+    matrix.data = data.data();
+    matrix.row_scales = static_cast<const float*>(scales.data());
+    const auto pack = [&](const void* raw, int64_t first_row, int64_t num_rows,
+                          cudaStream_t stream) {
+      PackFP8(type, raw, first_row, num_rows, matrix.cols, data.data(),
+              static_cast<float*>(scales.data()), stream);
+    };
+    GLOAM_RETURN_IF_ERROR(uploader_->Upload(parts, kUnitRows, nullptr, pack, context_.stream));
+    return std::make_unique<DeviceWeight>(type, matrix, std::move(data), std::move(scales));
+  }
+
+  void MultiplyStreamed(const TensorView& x, std::span<const GemmOutput* const> outputs) {
+    StreamGemmParams params;
+    params.x = x.data;
+    params.m = static_cast<int>(x.shape[0]);
+    params.k = static_cast<int>(x.shape[1]);
+    params.x_stride = x.strides[0];
+    params.num_segments = static_cast<int>(outputs.size());
+    for (int i = 0; i < params.num_segments; ++i) {
+      const DeviceMatrix& matrix = MatrixOf(outputs[i]->weight);
+      GLOAM_CHECK(matrix.cols == x.shape[1]);
+      GLOAM_CHECK(outputs[i]->y.shape[0] == x.shape[0] && outputs[i]->y.shape[1] == matrix.rows);
+      params.segments[i] = {.weight = matrix.data,
+                            .row_scales = matrix.row_scales,
+                            .bias = outputs[i]->bias,
+                            .y = outputs[i]->y.data,
+                            .y_stride = outputs[i]->y.strides[0],
+                            .rows = static_cast<int>(matrix.rows),
+                            .first_unit = params.num_units,
+                            .y_is_bf16 = IsBF16(outputs[i]->y),
+                            .accumulate = outputs[i]->accumulate};
+      params.num_units += static_cast<int>((matrix.rows + kUnitRows - 1) / kUnitRows);
+    }
+    const DeviceMatrix& first = MatrixOf(outputs[0]->weight);
+    if (first.format == DeviceFormat::kBF16) {
+      StreamGemmBF16(params, stream_device_);
+    } else if (first.format == DeviceFormat::kFP8) {
+      StreamGemmFP8(params, stream_device_);
+    } else {
+      StreamGemmQuantized(first.type, params, stream_device_);
+    }
+  }
+
+  void MultiplyLarge(const TensorView& x, const GemmOutput& output) {
+    const DeviceMatrix& matrix = MatrixOf(output.weight);
+    GLOAM_CHECK(matrix.cols == x.shape[1]);
+    GLOAM_CHECK(output.y.shape[0] == x.shape[0] && output.y.shape[1] == matrix.rows);
+    LargeProduct product = {.x = x.data,
+                            .x_stride = x.strides[0],
+                            .w = matrix.data,
+                            .y = output.y.data,
+                            .y_stride = output.y.strides[0],
+                            .bias = output.bias,
+                            .m = x.shape[0],
+                            .n = matrix.rows,
+                            .k = matrix.cols,
+                            .y_is_bf16 = IsBF16(output.y),
+                            .accumulate = output.accumulate};
+    if (product.bias != nullptr && product.y_is_bf16) {
+      BroadcastBias(product.bias, product.y, product.y_stride, true, product.accumulate, product.m,
+                    product.n, context_.stream);
+      product.bias = nullptr;
+      product.accumulate = true;
+    }
+    if (matrix.format == DeviceFormat::kBF16) {
+      cublas_->Multiply(product, workspace_.data(), context_.stream);
+      return;
+    }
+    const auto scratch_rows =
+        static_cast<int64_t>(kScratchBytes) / (2 * matrix.cols) / kUnitRows * kUnitRows;
+    for (int64_t row = 0; row < matrix.rows; row += scratch_rows) {
+      LargeProduct piece = product;
+      piece.n = std::min(scratch_rows, matrix.rows - row);
+      piece.w = scratch_.data();
+      piece.y = ElementAt(output.y, 0, row);
+      if (product.bias != nullptr) piece.bias = product.bias + row;
+      const auto dequantize = matrix.format == DeviceFormat::kFP8 ? DequantizeFP8 : Dequantize;
+      dequantize(matrix, row, piece.n, scratch_.data(), context_.stream);
+      cublas_->Multiply(piece, workspace_.data(), context_.stream);
+    }
+  }
+
+  const DeviceContext context_;
+  const StreamGemmDevice stream_device_;
+  std::unique_ptr<CublasLt> cublas_;          // null in batch-invariant mode
+  Buffer workspace_;                          // cuBLASLt's
+  Buffer scratch_;                            // rows of a quantised weight as bf16
+  std::unique_ptr<WeightUploader> uploader_;  // while a model loads
+};
+
+}  // namespace
+
+std::unique_ptr<GemmBackend> MakeGemmBackend(const DeviceContext& context) {
+  return std::make_unique<CudaGemm>(context);
+}
+
+}  // namespace gloam::cuda

@@ -1,0 +1,157 @@
+// Layout of GGUF weights on the device, and its decoding in registers.
+//
+// A unit is 16 rows, a stage 128 columns of them (four runs of 32); a weight is [units][stages]
+// [PackedStage<type>::kBytes], rows and columns padded with zeros. A stage holds, for 4, 5 and 6
+// bits, what lane (g = lane / 4, t = lane % 4) of a warp feeds to mma.m16n8k16 as A: of rows g and
+// g + 8 the eight columns of every run that ColumnOf(t, i) names.
+//   nibbles  [2 pairs of runs][32 lanes][4 words: (run, row g), (run, g + 8), (run + 1, g), ...]
+//            bits [4p, 4p + 4) and [16 + 4p, 20 + 4p) of a word are elements 2p and 2p + 1
+//   fifth    [2 pairs of runs][32 lanes][1 word]: bits 4j + p and 16 + 4j + p belong to elements
+//            2p and 2p + 1 of the pair's word j
+//   pairs    [2 pairs of runs][32 lanes][2 words, one a run]: 2 bits at 8r + 2p and 16 + 8r + 2p
+//            are elements 2p and 2p + 1 of row g + 8r
+//   bytes    (8 bits, instead) [4 runs][32 lanes][4 words: row g: elements 0, 2, 1, 3 and 4, 6, 5,
+//            7; row g + 8]
+// and then the scales:
+//   Q4_0 Q5_0 Q8_0  [4 runs][16 rows] fp16
+//   Q4_1 Q5_1       [4 runs][16 rows] fp16 scale, fp16 min
+//   Q4_K Q5_K       [16 rows] fp16 scale, fp16 min; [16 rows] word, [16 rows] half word: 6 bits
+//   each
+//                   of sub-scale and sub-min of four runs, 48 in all, low bits first
+//   Q6_K            [16 rows] fp16 scale; [4 runs][16 rows] two int8 sub-scales
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/quant_block.h"
+
+namespace gloam::cuda {
+
+inline constexpr int kStageColumns = 128;
+inline constexpr int kRunsPerStage = kStageColumns / kRunElements;
+
+// Column within its run of the i-th (0..7) element that lane 4g + t holds. Q6_K has a scale per 16
+// columns, so that each of the two products of a run must stay within one half.
+template <bool kHalves>
+__host__ __device__ constexpr int ColumnOf(int t, int i) {
+  return kHalves ? 16 * (i / 4) + 4 * t + i % 4 : 8 * t + i;
+}
+
+template <WeightType kType>
+struct PackedStage {
+  static constexpr QuantTraits kTraits = QuantTraitsOf(kType);
+  static constexpr int kBits = kTraits.bits;
+  static constexpr bool kHasMin = kTraits.has_min;
+  static constexpr bool kIsK = kTraits.is_k_quant;
+  static constexpr bool kHalves = kTraits.scales_per_run == 2;
+  static constexpr int kQuantBytes = 16 * kStageColumns * kBits / 8;
+  static constexpr int kHighOffset = 16 * kStageColumns / 2;  // of fifth bits or pairs
+  static constexpr int kScaleOffset = kQuantBytes;
+  static constexpr int kScaleBytes = kIsK ? 16 * 10 : 16 * kRunsPerStage * (kHasMin ? 4 : 2);
+  static constexpr int kBytes = kQuantBytes + kScaleBytes;
+};
+
+// The scales of one run and one row: w = s[half] * (q - offset) - m.
+struct RunScale {
+  float s[2];
+  float m;
+};
+
+template <WeightType kType>
+__device__ __forceinline__ RunScale LoadScale(const char* stage, int run, int row) {
+  using P = PackedStage<kType>;
+  const char* scales = stage + P::kScaleOffset;
+  RunScale out;
+  out.m = 0;
+  if constexpr (P::kHalves) {
+    const float d = __half2float(reinterpret_cast<const __half*>(scales)[row]);
+    const char2 sub = reinterpret_cast<const char2*>(scales + 32)[16 * run + row];
+    out.s[0] = d * static_cast<float>(sub.x);
+    out.s[1] = d * static_cast<float>(sub.y);
+  } else if constexpr (P::kIsK) {
+    const float2 d = __half22float2(reinterpret_cast<const __half2*>(scales)[row]);
+    const uint32_t low = reinterpret_cast<const uint32_t*>(scales + 64)[row];
+    const uint32_t high = reinterpret_cast<const uint16_t*>(scales + 128)[row];
+    const uint32_t bits = run == 3 ? high >> 4 : __funnelshift_r(low, high, 12 * run);
+    out.s[0] = out.s[1] = d.x * static_cast<float>(bits & 63);
+    out.m = d.y * static_cast<float>(bits >> 6 & 63);
+  } else if constexpr (P::kHasMin) {
+    const float2 d = __half22float2(reinterpret_cast<const __half2*>(scales)[16 * run + row]);
+    out.s[0] = out.s[1] = d.x;
+    out.m = -d.y;
+  } else {
+    out.s[0] = out.s[1] = __half2float(reinterpret_cast<const __half*>(scales)[16 * run + row]);
+  }
+  return out;
+}
+
+__device__ __forceinline__ uint32_t SubtractBF16x2(uint32_t a, uint32_t b) {
+  __nv_bfloat162 x, y;
+  memcpy(&x, &a, 4);
+  memcpy(&y, &b, 4);
+  const __nv_bfloat162 z = __hsub2(x, y);
+  uint32_t bits;
+  memcpy(&bits, &z, 4);
+  return bits;
+}
+
+// The integers (q - offset) of one pair of runs as pairs of bf16, exactly: of run `2 * pair + r`
+// and row g + 8 * hi, element pair p is out[r][hi][p].
+template <WeightType kType>
+__device__ __forceinline__ void UnpackRunPair(const char* stage, int pair, int lane,
+                                              uint32_t (&out)[2][2][4]) {
+  using P = PackedStage<kType>;
+  constexpr uint32_t kOne28 = 0x43004300;  // bf16 128: seven mantissa bits count ones
+  if constexpr (P::kBits == 8) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint4 words = reinterpret_cast<const uint4*>(stage)[32 * (2 * pair + r) + lane];
+      const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          // 128 + low seven bits, less 128 or (top bit clear) 256: q - 128.
+          const uint32_t w = odd ? word[j] >> 8 : word[j];
+          out[r][j / 2][2 * (j % 2) + odd] =
+              SubtractBF16x2((w & 0x007f007f) | kOne28, (w & 0x00800080) ^ 0x43804380);
+        }
+      }
+    }
+  } else {
+    // 128 + offset is exact in bf16 up to 256.
+    constexpr uint32_t kBase = 0x4300 + P::kTraits.offset;
+    constexpr uint32_t kSubtract = kBase << 16 | kBase;
+    const uint4 words = reinterpret_cast<const uint4*>(stage)[32 * pair + lane];
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+    uint32_t high[2] = {};
+    if constexpr (P::kBits == 5) {
+      high[0] = reinterpret_cast<const uint32_t*>(stage + P::kHighOffset)[32 * pair + lane];
+    } else if constexpr (P::kBits == 6) {
+      const uint2 both = reinterpret_cast<const uint2*>(stage + P::kHighOffset)[32 * pair + lane];
+      high[0] = both.x;
+      high[1] = both.y;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        uint32_t bits = (word[j] >> (4 * p) & 0x000f000f) | kOne28;
+        if constexpr (P::kBits == 5) {
+          const int at = 4 * j + p;
+          bits |= (at >= 4 ? high[0] >> (at - 4) : high[0] << (4 - at)) & 0x00100010;
+        } else if constexpr (P::kBits == 6) {
+          const int at = 8 * (j % 2) + 2 * p;
+          bits |= (at >= 4 ? high[j / 2] >> (at - 4) : high[j / 2] << (4 - at)) & 0x00300030;
+        }
+        out[j / 2][j % 2][p] = SubtractBF16x2(bits, kSubtract);
+      }
+    }
+  }
+}
+
+}  // namespace gloam::cuda
