@@ -119,6 +119,21 @@ struct BenchAttentionOptions {
 };
 int RunBenchAttention(const BenchAttentionOptions& options);
 
+// A step of the engine on random tokens, without requests: decode steps or whole prompts.
+struct BenchStepOptions {
+  ServeOptions settings;
+  std::string model;                        // or random_weights
+  std::string random_weights;               // a shape's name (models/random_model_file.h), or empty
+  std::string random_weight_type = "bf16";  // or q4_0, q8_0
+  bool prefill = false;
+  std::vector<int> batches = {1};
+  std::vector<int> contexts;
+  int steps = 32;  // that count; the median is reported
+  int prefill_repeats = 3;
+  bool json = false;
+};
+int RunBenchStep(const BenchStepOptions& options);
+
 // Prints "gloam: MESSAGE" and returns kExitFailure.
 int Fail(const Status& status);
 

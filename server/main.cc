@@ -9,6 +9,8 @@
 
 #include "CLI/CLI.hpp"
 #include "base/logging.h"
+#include "fmt/ranges.h"
+#include "models/random_model_file.h"
 #include "server/cli.h"
 #include "server/options.h"
 #include "server/version.h"
@@ -263,6 +265,8 @@ class Program {
         ->capture_default_str();
 
     AddBenchAttention(*bench);
+    AddBenchStep(*bench, "step", "A decode step by batch and context, without requests");
+    AddBenchStep(*bench, "prefill", "From a prompt to its first token, without requests");
 
     CLI::App* remote =
         bench->add_subcommand("serve", "Load a running server with streams over HTTP");
@@ -448,6 +452,45 @@ class Program {
     command->add_flag("--json", o.json, "Print rows as JSON");
   }
 
+  void AddBenchStep(CLI::App& bench, const std::string& name, const char* help) {
+    CLI::App* command = bench.add_subcommand(name, help);
+    BenchStepOptions& o = bench_step_options_[name];
+    o.prefill = name == "prefill";
+    std::unique_ptr<SettingsFlags>& settings = bench_step_settings_[name];
+    settings = std::make_unique<SettingsFlags>(command, kLocalGroups, "");
+    auto* model = command->add_option("MODEL", o.model, "GGUF file, folder, or catalogue name");
+    command->callback([this, &o, &settings] {
+      run_ = [this, &o, &settings] {
+        return WithSettings(*settings, [&o](const ServeOptions& options) {
+          o.settings = options;
+          return WithQuietLog([&o] { return RunBenchStep(o); });
+        });
+      };
+    });
+    command
+        ->add_option("--random-weights", o.random_weights,
+                     fmt::format("Instead of a model: random weights of the shape of {}",
+                                 fmt::join(RandomModelFile::ShapeNames(), ", ")))
+        ->excludes(model);
+    command->add_option("--random-weight-type", o.random_weight_type, "bf16, q4_0 or q8_0")
+        ->capture_default_str();
+    o.contexts = {2048, 8192};
+    command->add_option("--context", o.contexts, "Contexts in tokens")
+        ->delimiter(',')
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    if (!o.prefill) {
+      command->add_option("--batch", o.batches, "Sequences that decode together")
+          ->delimiter(',')
+          ->check(CLI::PositiveNumber)
+          ->capture_default_str();
+      command->add_option("--steps", o.steps, "Steps that count; the median is reported")
+          ->check(CLI::PositiveNumber)
+          ->capture_default_str();
+    }
+    command->add_flag("--json", o.json, "Print one JSON object");
+  }
+
   CLI::App app_;
   std::function<int()> run_;
   std::map<std::string, std::unique_ptr<SettingsFlags>> eval_;  // by benchmark
@@ -460,6 +503,8 @@ class Program {
   BenchThroughputOptions throughput_options_;
   BenchServeOptions bench_serve_options_;
   BenchAttentionOptions bench_attention_options_;
+  std::map<std::string, BenchStepOptions> bench_step_options_;                 // by subcommand
+  std::map<std::string, std::unique_ptr<SettingsFlags>> bench_step_settings_;  // likewise
   std::string name_;
   bool list_tensors_ = false;
 };
