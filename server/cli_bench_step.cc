@@ -22,7 +22,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using json = nlohmann::ordered_json;
 
-constexpr int kWarmUpSteps = 4;  // the first loads kernels, the second records
+constexpr int kWarmUpSteps = 4;                     // the first loads kernels, the second records
 constexpr int64_t kMarginBytes = int64_t{2} << 30;  // for recorded steps and the rest of the device
 
 double Median(std::vector<double> values) {
@@ -136,7 +136,7 @@ class StepBench {
 
     // No more of the cache than the largest cell that fits needs.
     const ModelConfig& config = model_->config();
-    kv_plan_.layout = {.dtype = KvDTypeOf(options_.settings.kv_cache_dtype, config),
+    kv_plan_.layout = {.dtype = KvDTypeOf(options_.settings, config),
                        .num_kv_heads = config.num_kv_heads,
                        .head_dim = config.head_dim};
     kv_plan_.bytes_per_block = config.num_layers * kv_plan_.layout.block_bytes();

@@ -15,6 +15,7 @@
 #include "models/catalog.h"
 #include "models/pull.h"
 #include "models/pull_printer.h"
+#include "server/backend.h"
 #include "server/load_progress.h"
 #include "server/system_info.h"
 
@@ -76,49 +77,8 @@ int64_t DefaultKvCacheBytes() {
   return std::max(kMinKvCacheBytes, static_cast<int64_t>(free * kFreeMemoryShare));
 }
 
-DType KvDType(std::string_view name) {
-  if (name == "f32") return DType::kF32;
-  if (name == "fp8") return DType::kF8E4M3;
-  return name == "bf16" ? DType::kBF16 : DType::kF16;
-}
-
 // Far above the longest step of a GPU, 8192 tokens of prefill at full context.
 constexpr double kGpuStepTimeout = 60;  // seconds
-
-constexpr int kCpuBatchedTokens = 2048;
-constexpr int kGpuBatchedTokens = 8192;
-
-// Errors: kInvalidArgument naming the setting that the device has no use for.
-Status CheckDeviceSettings(const ServeOptions& options, Device device) {
-  if (options.kv_cache_dtype != "auto") {
-    GLOAM_RETURN_IF_ERROR(CheckKvDType(KvDType(options.kv_cache_dtype), device));
-  }
-  if (device == Device::kCuda) return OkStatus();
-  if (options.quantization == "fp8") return InvalidArgument("--quantization fp8 needs a GPU");
-  if (options.dtype == "bfloat16") {
-    return InvalidArgument("--dtype bfloat16 needs a GPU; the CPU has --activations");
-  }
-  return OkStatus();
-}
-
-// The backend of --device. Auto: a GPU where one can be used.
-StatusOr<std::unique_ptr<Ops>> MakeOps(const ServeOptions& options) {
-  if (options.device != "cpu") {
-    auto gpu = MakeCudaOps(
-        {.batch_invariant = options.batch_invariant, .fp8_weights = options.quantization == "fp8"});
-    if (gpu.ok()) {
-      SPDLOG_INFO("--device {}: {}", options.device, (*gpu)->DeviceName());
-      return gpu;
-    }
-    if (options.device == "cuda") {
-      return Status(gpu.status().code(), fmt::format("--device cuda: {}", MessageOf(gpu.status())));
-    }
-    SPDLOG_INFO("--device auto: the CPU, because: {}", MessageOf(gpu.status()));
-  }
-  return MakeCpuOps(
-      {.num_threads = options.threads,
-       .activations = options.activations == "f32" ? CpuActivations::kF32 : CpuActivations::kInt8});
-}
 
 }  // namespace
 
@@ -141,8 +101,7 @@ Status LocalModel::Start(const ServeOptions& options) {
                                ? path.stem().string()
                                : std::filesystem::weakly_canonical(path).filename().string();
 
-  GLOAM_ASSIGN_OR_RETURN(ops_, MakeOps(options));
-  GLOAM_RETURN_IF_ERROR(CheckDeviceSettings(options, ops_->device()));
+  GLOAM_ASSIGN_OR_RETURN(ops_, MakeBackend(options));
   compute_ = ops_->device() == Device::kCpu
                  ? fmt::format("cpu ({}), {} activations", CpuModelName(), options.activations)
                  : fmt::format("{}, bf16{}{}", ops_->DeviceName(),
@@ -164,11 +123,6 @@ Status LocalModel::StartEngine(const ServeOptions& options, const std::string& n
                                const std::filesystem::path& path, LoadedModel loaded) {
   const bool on_gpu = ops_->device() == Device::kCuda;
   weight_bytes_ = loaded.model->weight_bytes();
-  kv_cache_dtype_ = options.kv_cache_dtype;
-  if (kv_cache_dtype_ == "auto") {
-    const bool half = DefaultKvDType(loaded.model->config()) == DType::kF16;
-    kv_cache_dtype_ = half ? "f16" : "bf16";
-  }
   tokenizer_ = std::move(loaded.tokenizer);
   GLOAM_ASSIGN_OR_RETURN(chat_template_,
                          MakeChatTemplate(options, loaded.chat_template, *tokenizer_));
@@ -193,16 +147,14 @@ Status LocalModel::StartEngine(const ServeOptions& options, const std::string& n
   engine.sidecars = service_options.policies->sidecars();
   engine.max_model_len = options.max_model_len;
   engine.max_num_seqs = options.max_num_seqs;
-  engine.max_num_batched_tokens = options.max_num_batched_tokens > 0
-                                      ? options.max_num_batched_tokens
-                                  : on_gpu ? kGpuBatchedTokens
-                                           : kCpuBatchedTokens;
+  engine.max_num_batched_tokens = MaxBatchedTokens(options, ops_->device());
   engine.max_queued_requests = options.max_queued_requests;
   engine.kv_cache_bytes = options.kv_cache_memory;
   if (engine.kv_cache_bytes == 0 && !on_gpu) engine.kv_cache_bytes = DefaultKvCacheBytes();
   if (on_gpu) engine.step_timeout = kGpuStepTimeout;
   engine.gpu_memory_utilization = options.gpu_memory_utilization;
-  engine.kv_cache_dtype = KvDType(kv_cache_dtype_);
+  engine.kv_cache_dtype = KvDTypeOf(options, loaded.model->config());
+  kv_cache_dtype_ = KvDTypeName(engine.kv_cache_dtype);
   engine.enable_prefix_caching = options.enable_prefix_caching;
   GLOAM_ASSIGN_OR_RETURN(
       engine_, Engine::Create(engine, *ops_, std::move(loaded.model), *tokenizer_, *metrics_));
