@@ -36,20 +36,39 @@ enable_language(CUDA)
 # The property CXX_STANDARD holds for CUDA too, and CMake 3.25 does not know nvcc's flag for it.
 set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
 find_package(CUDAToolkit 12.8 REQUIRED)
+# Where programs of the build folder load cuBLASLt from; installed ones have it beside them.
+set(CMAKE_BUILD_RPATH ${CUDAToolkit_LIBRARY_DIR})
 
 set(GLOAM_CUDA_FLAGS
   -DFMT_USE_CONSTEXPR=1  # fmt 9 is half constexpr under nvcc otherwise
   --expt-relaxed-constexpr --extended-lambda -Xcompiler=-Wall,-Wextra)
-foreach(arch ${GLOAM_CUDA_ARCHITECTURES})
-  list(APPEND GLOAM_CUDA_FLAGS "SHELL:-gencode arch=compute_${arch},code=sm_${arch}")
-endforeach()
-
 # Everything that only CUDA builds have: tests and benches.
 add_custom_target(gloam_cuda_all)
 
-# Compiles the .cu files of `target` for the chosen GPUs and links the runtime.
+# gloam_use_cuda(TARGET [ARCHITECTURE ...]): compiles the .cu files of TARGET for these GPUs, without
+# any for all chosen ones, and links the runtime.
 function(gloam_use_cuda target)
-  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${GLOAM_CUDA_FLAGS}>)
+  set(flags ${GLOAM_CUDA_FLAGS})
+  set(architectures ${ARGN})
+  if(NOT architectures)
+    set(architectures ${GLOAM_CUDA_ARCHITECTURES})
+  endif()
+  foreach(arch ${architectures})
+    list(APPEND flags "SHELL:-gencode arch=compute_${arch},code=sm_${arch}")
+  endforeach()
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${flags}>)
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
   target_include_directories(${target} SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+endfunction()
+
+# FlashInfer's headers, with the CUTLASS and CCCL that they need: newer than the toolkit's. Files
+# that include them take up to 3 GB to compile: one at a time.
+set_property(GLOBAL PROPERTY JOB_POOLS flashinfer=1)
+function(gloam_use_flashinfer target)
+  target_include_directories(${target} BEFORE PRIVATE ${GLOAM_FLASHINFER_DIR}/cccl)
+  target_include_directories(${target} SYSTEM PRIVATE
+    ${GLOAM_FLASHINFER_DIR}/include
+    ${GLOAM_FLASHINFER_DIR}/cutlass
+    ${GLOAM_FLASHINFER_DIR}/cutlass_util)
+  set_target_properties(${target} PROPERTIES JOB_POOL_COMPILE flashinfer)
 endfunction()

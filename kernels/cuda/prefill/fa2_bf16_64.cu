@@ -1,0 +1,7 @@
+#include "kernels/cuda/prefill/fa2_launch.cuh"
+
+namespace gloam::cuda {
+
+void RunFa2Bf16x64(const Fa2Params& params) { RunFa2<__nv_bfloat16, 64>(params); }
+
+}  // namespace gloam::cuda
