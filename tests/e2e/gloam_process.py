@@ -45,9 +45,10 @@ class Response:
 class GloamProcess:
     """Starts on free ports of 127.0.0.1 and waits until it serves."""
 
-    def __init__(self, *flags, log_path):
+    def __init__(self, *flags, log_path, model=MODEL):
         self.log_path = log_path
-        command = [str(binary()), "serve", MODEL, "--device", "cpu", "--port", "0"]
+        self.model = model
+        command = [str(binary()), "serve", model, "--device", "cpu", "--port", "0"]
         command += ["--grpc-port", "0", "--kv-cache-memory", "1G", *flags]
         self._log = open(log_path, "wb")
         self.process = subprocess.Popen(
