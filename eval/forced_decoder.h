@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "base/status.h"
 #include "engine/sparsity.h"
-#include "kernels/tensor_view.h"
 
 namespace gloam {
 
@@ -19,17 +19,19 @@ class ForcedDecoder {
  public:
   virtual ~ForcedDecoder() = default;
 
-  // Forgets everything, prefills `context` densely, and makes a row per policy. The context's
-  // length is a multiple of 16, so that the rows share its blocks. Errors: kInvalidArgument,
+  // Forgets everything, prefills `context` densely, and makes a row per policy, the first of them
+  // dense, which will be fed `tokens`. These must stay until the last step. The context's length is
+  // a multiple of 16, so that the rows share its blocks. Errors: kInvalidArgument,
   // kResourceExhausted saying what does not fit.
-  [[nodiscard]] virtual Status Start(std::span<const int32_t> context, RowPolicies policies) = 0;
+  [[nodiscard]] virtual Status Start(std::span<const int32_t> context,
+                                     std::span<const int32_t> tokens, RowPolicies policies) = 0;
 
-  // One decode step of every row with `token`. Valid until the next call.
+  // One decode step of every row with the next token. Valid until the next call.
   struct Step {
-    TensorView logits;      // [num_rows, vocab_size] fp32: of the token that comes next
-    StepSparsity sparsity;  // row.seq is the row
+    std::vector<std::span<const float>> logits;  // by row, [vocab_size]: of the token after it
+    StepSparsity sparsity;                       // row.seq is the row less one: dense is not in it
   };
-  virtual Step Feed(int32_t token) = 0;
+  virtual Step Next() = 0;
 };
 
 }  // namespace gloam

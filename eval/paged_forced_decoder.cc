@@ -8,7 +8,8 @@
 namespace gloam {
 namespace {
 
-constexpr int kChunk = 512;  // tokens of a prefill step
+constexpr int kChunk = 512;      // tokens of a prefill step
+constexpr int kDenseChunk = 32;  // tokens of the dense row that are scored at a time
 
 int RoundUpToBlocks(int num_tokens) { return BlocksFor(num_tokens) * kBlockTokens; }
 
@@ -36,24 +37,28 @@ StatusOr<std::unique_ptr<PagedForcedDecoder>> PagedForcedDecoder::Create(
   GLOAM_ASSIGN_OR_RETURN(const KvPlan plan, PlanKvCache(options, model.config()));
   GLOAM_ASSIGN_OR_RETURN(KvCachePool pool,
                          KvCachePool::Create(ops, plan, model.config().num_layers));
+  const int dense_chunk = ops.device() == Device::kCpu ? kDenseChunk : 1;
   const ModelRunnerLimits runner_limits = {
       .max_num_seqs = limits.max_rows,
       .max_num_batched_tokens = std::max({kChunk, limits.max_rows, window_blocks * kBlockTokens}),
-      .max_score_rows = 0,
+      .max_score_rows = dense_chunk,
       .max_model_len = RoundUpToBlocks(max_len)};
   GLOAM_ASSIGN_OR_RETURN(ModelRunner runner, ModelRunner::Create(runner_limits, ops, model));
   runner.SetCache(pool.layers(), pool.sidecars());
-  return std::unique_ptr<PagedForcedDecoder>(new PagedForcedDecoder(
-      limits, model, std::move(pool), std::move(runner), static_cast<int>(plan.num_blocks)));
+  return std::unique_ptr<PagedForcedDecoder>(
+      new PagedForcedDecoder(limits, model, std::move(pool), std::move(runner),
+                             static_cast<int>(plan.num_blocks), dense_chunk));
 }
 
 PagedForcedDecoder::PagedForcedDecoder(const ForcedDecoderLimits& limits, Model& model,
-                                       KvCachePool pool, ModelRunner runner, int num_blocks)
+                                       KvCachePool pool, ModelRunner runner, int num_blocks,
+                                       int dense_chunk)
     : limits_(limits),
       model_(model),
       pool_(std::move(pool)),
       runner_(std::move(runner)),
-      num_blocks_(num_blocks) {}
+      num_blocks_(num_blocks),
+      dense_chunk_(dense_chunk) {}
 
 void PagedForcedDecoder::GrowTable(Sequence& sequence, int num_tokens) {
   while (static_cast<int>(sequence.table.blocks.size()) < BlocksFor(num_tokens)) {
@@ -76,7 +81,9 @@ void PagedForcedDecoder::Prefill(Sequence& sequence, int end) {
   }
 }
 
-Status PagedForcedDecoder::Start(std::span<const int32_t> context, RowPolicies policies) {
+Status PagedForcedDecoder::Start(std::span<const int32_t> context, std::span<const int32_t> tokens,
+                                 RowPolicies policies) {
+  GLOAM_CHECK(!policies.empty() && policies.front() == nullptr);
   const auto num_context = static_cast<int>(context.size());
   if (num_context == 0 || num_context % kBlockTokens != 0 || num_context > limits_.max_context) {
     return InvalidArgument("a context of {} tokens is not a multiple of {} up to {}", num_context,
@@ -88,6 +95,8 @@ Status PagedForcedDecoder::Start(std::span<const int32_t> context, RowPolicies p
   }
   rows_.clear();
   num_taken_ = 0;
+  tokens_ = tokens;
+  num_fed_ = 0;
   Sequence shared;
   shared.tokens.assign(context.begin(), context.end());
   shared.table.version = ++last_version_;
@@ -114,17 +123,46 @@ Status PagedForcedDecoder::Start(std::span<const int32_t> context, RowPolicies p
   return OkStatus();
 }
 
-ForcedDecoder::Step PagedForcedDecoder::Feed(int32_t token) {
+void PagedForcedDecoder::ScoreDense() {
+  Sequence& row = rows_.front();
+  const auto next = tokens_.subspan(num_fed_);
+  const int num_tokens = std::min(dense_chunk_, static_cast<int>(next.size()));
+  row.tokens.insert(row.tokens.end(), next.begin(), next.begin() + num_tokens);
+  GrowTable(row, static_cast<int>(row.tokens.size()));
   StepPlan plan;
-  for (Sequence& row : rows_) {
+  plan.sequences.push_back(
+      {.sequence = &row, .num_tokens = num_tokens, .num_score_rows = num_tokens});
+  plan.num_tokens = plan.num_score_rows = num_tokens;
+  const TensorView logits = runner_.Forward(plan).score;
+  row.num_computed += num_tokens;
+  const auto* data = logits.Data<const float>();
+  dense_logits_.assign(data, data + logits.shape[0] * logits.shape[1]);
+}
+
+ForcedDecoder::Step PagedForcedDecoder::Next() {
+  GLOAM_CHECK(num_fed_ < tokens_.size());
+  const size_t in_chunk = num_fed_ % static_cast<size_t>(dense_chunk_);
+  if (in_chunk == 0) ScoreDense();
+  const auto vocab_size = static_cast<size_t>(model_.config().vocab_size);
+  Step step;
+  step.logits.emplace_back(dense_logits_.data() + in_chunk * vocab_size, vocab_size);
+  const int32_t token = tokens_[num_fed_++];
+  if (rows_.size() == 1) return step;
+
+  StepPlan plan;
+  for (Sequence& row : std::span(rows_).subspan(1)) {
     row.tokens.push_back(token);
     GrowTable(row, static_cast<int>(row.tokens.size()));
     plan.sequences.push_back({.sequence = &row, .num_tokens = 1, .samples = true});
   }
-  plan.num_tokens = plan.num_sample_rows = static_cast<int>(rows_.size());
+  plan.num_tokens = plan.num_sample_rows = static_cast<int>(rows_.size()) - 1;
   const ModelRunner::Logits logits = runner_.Forward(plan);
-  for (Sequence& row : rows_) ++row.num_computed;
-  return {.logits = logits.sample, .sparsity = logits.sparsity};
+  for (Sequence& row : std::span(rows_).subspan(1)) ++row.num_computed;
+  for (int i = 0; i < plan.num_sample_rows; ++i) {
+    step.logits.emplace_back(logits.sample.Rows(i, 1).Data<const float>(), vocab_size);
+  }
+  step.sparsity = logits.sparsity;
+  return step;
 }
 
 }  // namespace gloam

@@ -1,5 +1,8 @@
 // PagedForcedDecoder: ForcedDecoder over the engine's ModelRunner and a KV cache of its own. One
 // thread.
+//
+// Where results do not depend on how tokens are cut into steps (the CPU backend), the dense row is
+// scored several tokens at a time, ahead of the others.
 #pragma once
 
 #include <vector>
@@ -28,25 +31,32 @@ class PagedForcedDecoder final : public ForcedDecoder {
   [[nodiscard]] static StatusOr<std::unique_ptr<PagedForcedDecoder>> Create(
       const ForcedDecoderLimits& limits, Ops& ops, Model& model);
 
-  [[nodiscard]] Status Start(std::span<const int32_t> context, RowPolicies policies) override;
-  Step Feed(int32_t token) override;
+  [[nodiscard]] Status Start(std::span<const int32_t> context, std::span<const int32_t> tokens,
+                             RowPolicies policies) override;
+  Step Next() override;
 
  private:
   PagedForcedDecoder(const ForcedDecoderLimits& limits, Model& model, KvCachePool pool,
-                     ModelRunner runner, int num_blocks);
+                     ModelRunner runner, int num_blocks, int dense_chunk);
 
   // Computes tokens up to `end` of one sequence, in steps of at most kChunk tokens.
   void Prefill(Sequence& sequence, int end);
   void GrowTable(Sequence& sequence, int num_tokens);
+  // Feeds the dense row up to dense_chunk_ tokens and keeps their logits.
+  void ScoreDense();
 
   const ForcedDecoderLimits limits_;
   Model& model_;
   KvCachePool pool_;
   ModelRunner runner_;
   const int num_blocks_;
+  const int dense_chunk_;
   int num_taken_ = 0;          // blocks are handed out in order
   uint64_t last_version_ = 0;  // of block tables
-  std::vector<Sequence> rows_;
+  std::span<const int32_t> tokens_;
+  size_t num_fed_ = 0;
+  std::vector<Sequence> rows_;       // dense first
+  std::vector<float> dense_logits_;  // [dense_chunk_, vocab_size]
 };
 
 }  // namespace gloam

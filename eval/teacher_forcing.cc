@@ -21,11 +21,6 @@ int64_t Likeliest(std::span<const float> logits) {
   return std::max_element(logits.begin(), logits.end()) - logits.begin();
 }
 
-std::span<const float> RowOf(const TensorView& logits, size_t row) {
-  const auto vocab_size = static_cast<size_t>(logits.shape[1]);
-  return {logits.Data<float>() + row * vocab_size, vocab_size};
-}
-
 // The dense row of a step, as the others are compared with it.
 struct DenseStep {
   std::span<const float> logits;
@@ -103,7 +98,7 @@ struct RowSums {
 void AddSparsity(const StepSparsity& step, RowPolicies policies, std::vector<RowSums>& rows) {
   std::vector<bool> sparse(rows.size(), false);
   for (size_t i = 0; i < step.rows.size(); ++i) {
-    const auto row = static_cast<size_t>(step.rows[i].seq);
+    const auto row = static_cast<size_t>(step.rows[i].seq) + 1;
     sparse[row] = true;
     rows[row].totals.AddSparseStep(step, i);
     rows[row].layers.Add(step, i);
@@ -121,14 +116,14 @@ StatusOr<std::vector<ForcedScores>> RunTeacherForcing(ForcedDecoder& decoder,
                                                       RowPolicies policies) {
   GLOAM_CHECK(!policies.empty() && policies.front() == nullptr);
   if (tokens.size() < 2) return InvalidArgument("teacher forcing needs two tokens and more");
-  GLOAM_RETURN_IF_ERROR(decoder.Start(context, policies));
+  GLOAM_RETURN_IF_ERROR(decoder.Start(context, tokens.first(tokens.size() - 1), policies));
   std::vector<RowSums> rows(policies.size());
   DenseStep dense;
   for (size_t i = 0; i + 1 < tokens.size(); ++i) {
-    const ForcedDecoder::Step step = decoder.Feed(tokens[i]);
-    dense.Set(RowOf(step.logits, 0));
+    const ForcedDecoder::Step step = decoder.Next();
+    dense.Set(step.logits.front());
     for (size_t row = 0; row < rows.size(); ++row) {
-      const auto logits = RowOf(step.logits, row);
+      const std::span<const float> logits = step.logits[row];
       const double log_sum = row == 0 ? dense.log_sum : LogSumExp(logits);
       ForcedScores& scores = rows[row].scores;
       scores.nll += log_sum - logits[static_cast<size_t>(tokens[i + 1])];

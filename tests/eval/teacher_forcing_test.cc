@@ -22,28 +22,25 @@ using Policies = std::vector<std::shared_ptr<const SparsityPolicy>>;
 // Rows with given logits at every step; row 1 has a policy.
 class FixedDecoder final : public ForcedDecoder {
  public:
-  explicit FixedDecoder(std::vector<std::vector<float>> logits) : logits_(std::move(logits)) {
-    for (const auto& row : logits_) flat_.insert(flat_.end(), row.begin(), row.end());
+  explicit FixedDecoder(std::vector<std::vector<float>> logits) : logits_(std::move(logits)) {}
+  Status Start(std::span<const int32_t>, std::span<const int32_t> tokens, RowPolicies) override {
+    to_feed.assign(tokens.begin(), tokens.end());
+    return OkStatus();
   }
-  Status Start(std::span<const int32_t>, RowPolicies) override { return OkStatus(); }
-  Step Feed(int32_t token) override {
-    fed.push_back(token);
+  Step Next() override {
     Step step;
-    step.logits = {
-        .data = flat_.data(),
-        .dtype = DType::kF32,
-        .shape = {static_cast<int64_t>(logits_.size()), static_cast<int64_t>(logits_[0].size())}};
-    if (fed.size() > 1) {  // the first step is bypassed
+    step.logits.assign(logits_.begin(), logits_.end());
+    if (++num_steps > 1) {  // the first step is bypassed
       step.sparsity = {.rows = rows_, .stats = stats_.data(), .num_layers = 4, .num_kv_heads = 1};
     }
     return step;
   }
-  std::vector<int32_t> fed;
+  std::vector<int32_t> to_feed;
+  int num_steps = 0;
 
  private:
   std::vector<std::vector<float>> logits_;
-  std::vector<float> flat_;
-  std::vector<SparseRow> rows_ = {{.token = 1, .seq = 1}};
+  std::vector<SparseRow> rows_ = {{.token = 0, .seq = 0}};
   std::vector<SparseHeadStats> stats_ = {{.context = 100, .kept = 100, .loaded = 100},
                                          {.context = 100, .kept = 100, .loaded = 100},
                                          {.context = 100, .kept = 10, .loaded = 20},
@@ -59,7 +56,8 @@ TEST_CASE("Likelihood, divergence and agreement of known distributions") {
   const std::vector<int32_t> context(16, 0), tokens = {2, 0, 1, 1};
   const auto scores = RunTeacherForcing(decoder, context, tokens, policies);
   REQUIRE(scores.ok());
-  CHECK(decoder.fed == std::vector<int32_t>{2, 0, 1});
+  CHECK(decoder.to_feed == std::vector<int32_t>{2, 0, 1});
+  CHECK(decoder.num_steps == 3);
   const ForcedScores& dense = scores->at(0);
   CHECK(dense.num_tokens == 3);
   CHECK(dense.nll == Approx((std::log(2) + 2 * std::log(4)) / 3));  // of tokens 0, 1, 1
@@ -180,9 +178,9 @@ TEST_CASE("A decoder refuses what it has no room for") {
         StatusCode::kInvalidArgument);
   auto decoder = tiny.model->MakeDecoder(64, 16, policies);
   REQUIRE(decoder.ok());
-  CHECK_FALSE((*decoder)->Start(std::vector<int32_t>(60, 1), policies).ok());
-  CHECK_FALSE((*decoder)->Start(std::vector<int32_t>(80, 1), policies).ok());
-  CHECK_FALSE((*decoder)->Start(std::vector<int32_t>(64, 1), Policies{nullptr, nullptr}).ok());
+  CHECK_FALSE((*decoder)->Start(std::vector<int32_t>(60, 1), {}, policies).ok());
+  CHECK_FALSE((*decoder)->Start(std::vector<int32_t>(80, 1), {}, policies).ok());
+  CHECK_FALSE((*decoder)->Start(std::vector<int32_t>(64, 1), {}, Policies{nullptr, nullptr}).ok());
 }
 
 TEST_CASE("gloam eval kl and ppl over a text: rows, control, layers, resume") {
