@@ -309,7 +309,7 @@ void AttentionRun::PrefetchItem(const WorkItem& item) const {
   const int64_t end_block = CeilDiv(first_position + item.tile.num_tokens, kBlockTokens);
   PrefetchBlocks(params_.kv, item.tile.kv_head, item.tile.num_kv_heads,
                  BlockTableOf(item.tile) + first_block,
-                 std::min<int64_t>(kGroupBlocks, end_block - first_block), 0, 1);
+                 std::min<int64_t>(kGroupBlocks, end_block - first_block));
 }
 
 int64_t AttentionRun::OffsetOf(const TokenTile& tile, int row, const TensorView& x) const {

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "kernels/cpu/bf16.h"
-#include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/block_prefetcher.h"
 #include "kernels/float16.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -30,7 +30,7 @@ constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 constexpr bool kManyRegisters = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
 constexpr int kScoreRows = kManyRegisters ? 4 : 2;
 constexpr int kScoreVectors = 1;
-constexpr int kBlockScoreRows = kManyRegisters ? 3 : 1;
+constexpr int kBlockScoreRows = HWY_TARGET <= HWY_AVX2 || kManyRegisters ? 3 : 1;
 constexpr int kValueRows = 4;
 constexpr int kValueVectors = kManyRegisters ? 4 : 2;
 
@@ -146,7 +146,8 @@ inline VF LoadChannels(const T* from) {
 
 template <int kRows, typename T>
 void ScoreBlockRows(const float* HWY_RESTRICT queries, const T* block, int head_dim,
-                    float* HWY_RESTRICT scores) {
+                    const PrefetchStep& prefetch, float* HWY_RESTRICT scores) {
+  prefetch();
   for (int r = 0; r < kRows; ++r) {
     for (int token = 0; token < kBlockTokens; ++token) {
       const T* key = block + token * head_dim;
@@ -200,11 +201,12 @@ inline VF AddBlockPairs(VF a, VF b) {
 // [16][head_dim]: lanes are channels.
 template <int kRows, typename T>
 void ScoreBlockRows(const float* HWY_RESTRICT queries, const T* block, int head_dim,
-                    float* HWY_RESTRICT scores) {
+                    const PrefetchStep& prefetch, float* HWY_RESTRICT scores) {
   const DF d;
   VF quads[kRows][4];  // of four tokens each
   HWY_UNROLL(4)
   for (int quad = 0; quad < 4; ++quad) {
+    prefetch();
     const T* keys = block + 4 * quad * head_dim;
     VF sums[kRows][4];
     HWY_UNROLL(4)
@@ -349,16 +351,17 @@ void ScoreRows(const float* HWY_RESTRICT queries, const float* HWY_RESTRICT keys
 
 // Scores of all rows with the tokens of a group's blocks, without transposition.
 template <typename T>
-void ScoreFewRows(const float* queries, const T* block, int num_rows, int head_dim, float* scores) {
+void ScoreFewRows(const float* queries, const T* block, int num_rows, int head_dim,
+                  const PrefetchStep& prefetch, float* scores) {
   int row = 0;
   for (; row + kBlockScoreRows <= num_rows; row += kBlockScoreRows) {
-    ScoreBlockRows<kBlockScoreRows>(queries + row * head_dim, block, head_dim,
+    ScoreBlockRows<kBlockScoreRows>(queries + row * head_dim, block, head_dim, prefetch,
                                     scores + row * kGroupTokens);
   }
   queries += row * head_dim;
   scores += row * kGroupTokens;
-  if (num_rows - row == 2) ScoreBlockRows<2>(queries, block, head_dim, scores);
-  if (num_rows - row == 1) ScoreBlockRows<1>(queries, block, head_dim, scores);
+  if (num_rows - row == 2) ScoreBlockRows<2>(queries, block, head_dim, prefetch, scores);
+  if (num_rows - row == 1) ScoreBlockRows<1>(queries, block, head_dim, prefetch, scores);
 }
 
 void ScoreAllRows(const float* queries, const float* keys, int num_rows, int head_dim,
@@ -433,7 +436,8 @@ inline void MaskScores(uint32_t seen, float* scores) {
 // rows and kVectors vectors of channels.
 template <int kRows, int kVectors, typename T>
 inline void AddValuesTile(const float* HWY_RESTRICT probs, const T* HWY_RESTRICT values,
-                          int num_tokens, int head_dim, float* HWY_RESTRICT acc) {
+                          int num_tokens, int head_dim, const PrefetchStep& prefetch,
+                          float* HWY_RESTRICT acc) {
   const DF d;
   VF sums[kRows][kVectors];
   HWY_UNROLL(8)
@@ -444,6 +448,7 @@ inline void AddValuesTile(const float* HWY_RESTRICT probs, const T* HWY_RESTRICT
     }
   }
   for (int token = 0; token < num_tokens; ++token) {
+    if (token % 4 == 0) prefetch();
     VF value[kVectors];
     HWY_UNROLL(8)
     for (int v = 0; v < kVectors; ++v) {
@@ -466,33 +471,34 @@ inline void AddValuesTile(const float* HWY_RESTRICT probs, const T* HWY_RESTRICT
 }
 
 template <int kRows, typename T>
-void AddValuesRows(const float* probs, const T* values, int num_tokens, int head_dim, float* acc) {
+void AddValuesRows(const float* probs, const T* values, int num_tokens, int head_dim,
+                   const PrefetchStep& prefetch, float* acc) {
   int c = 0;
   for (; c + kValueVectors * kLanes <= head_dim; c += kValueVectors * kLanes) {
-    AddValuesTile<kRows, kValueVectors>(probs, values + c, num_tokens, head_dim, acc + c);
+    AddValuesTile<kRows, kValueVectors>(probs, values + c, num_tokens, head_dim, prefetch, acc + c);
   }
   for (; c < head_dim; c += kLanes) {
-    AddValuesTile<kRows, 1>(probs, values + c, num_tokens, head_dim, acc + c);
+    AddValuesTile<kRows, 1>(probs, values + c, num_tokens, head_dim, prefetch, acc + c);
   }
 }
 
 template <typename T>
 void AddValues(const float* probs, const T* values, int num_tokens, int num_rows, int head_dim,
-               float* acc) {
+               const PrefetchStep& prefetch, float* acc) {
   int row = 0;
   for (; row + kValueRows <= num_rows; row += kValueRows) {
-    AddValuesRows<kValueRows>(probs + row * kGroupTokens, values, num_tokens, head_dim,
+    AddValuesRows<kValueRows>(probs + row * kGroupTokens, values, num_tokens, head_dim, prefetch,
                               acc + row * head_dim);
   }
   probs += row * kGroupTokens;
   acc += row * head_dim;
   switch (num_rows - row) {
     case 3:
-      return AddValuesRows<3>(probs, values, num_tokens, head_dim, acc);
+      return AddValuesRows<3>(probs, values, num_tokens, head_dim, prefetch, acc);
     case 2:
-      return AddValuesRows<2>(probs, values, num_tokens, head_dim, acc);
+      return AddValuesRows<2>(probs, values, num_tokens, head_dim, prefetch, acc);
     case 1:
-      return AddValuesRows<1>(probs, values, num_tokens, head_dim, acc);
+      return AddValuesRows<1>(probs, values, num_tokens, head_dim, prefetch, acc);
     default:
       return;
   }
@@ -502,7 +508,8 @@ void AddValues(const float* probs, const T* values, int num_tokens, int num_rows
 // `rows_of_head` are that head's.
 template <typename T>
 void AttendGroup(const AttentionTile& tile, int head, int64_t group, int64_t end,
-                 const TileWorkspace& workspace, const AttentionPartial& rows_of_head) {
+                 const TileWorkspace& workspace, const PrefetchStep& prefetch,
+                 const AttentionPartial& rows_of_head) {
   const DF d;
   const int head_dim = tile.kv.layout.head_dim;
   const int kv_head = tile.kv_head + head;
@@ -527,7 +534,8 @@ void AttendGroup(const AttentionTile& tile, int head, int64_t group, int64_t end
   for (int i = 0; i < num_blocks; ++i) {
     const T* keys = tile.kv.Keys<T>(blocks[i], kv_head);
     if (rows <= kUntransposedRows) {
-      ScoreFewRows(queries + first_row * head_dim, keys, rows, head_dim, scores + i * kBlockTokens);
+      ScoreFewRows(queries + first_row * head_dim, keys, rows, head_dim, prefetch,
+                   scores + i * kBlockTokens);
     } else {
       TransposeKeys(keys, head_dim, workspace.keys + i * kBlockTokens);
     }
@@ -568,10 +576,10 @@ void AttendGroup(const AttentionTile& tile, int head, int64_t group, int64_t end
                   workspace.values + i * kBlockTokens * head_dim + at);
       }
     } else {
-      AddValues(scores + i * kBlockTokens, values, tokens, rows, head_dim, acc);
+      AddValues(scores + i * kBlockTokens, values, tokens, rows, head_dim, prefetch, acc);
     }
   }
-  if (convert) AddValues(scores, workspace.values, num_tokens, rows, head_dim, acc);
+  if (convert) AddValues(scores, workspace.values, num_tokens, rows, head_dim, prefetch, acc);
 }
 
 template <typename T>
@@ -590,12 +598,15 @@ void AttendPartitionOf(const AttentionTile& tile, int64_t partition, const TileW
     const int64_t next = group + kGroupTokens;
     const int64_t next_tokens =
         std::clamp<int64_t>(tile.end() - next, 0, static_cast<int64_t>(kGroupTokens));
+    BlockPrefetcher next_blocks(tile.kv, tile.kv_head, tile.num_kv_heads,
+                                tile.block_table + next / kBlockTokens,
+                                (next_tokens + kBlockTokens - 1) / kBlockTokens);
+    const int64_t num_steps = int64_t{tile.num_kv_heads} * kPrefetchSteps;
+    const PrefetchStep prefetch = {&next_blocks,
+                                   (next_blocks.NumLines() + num_steps - 1) / num_steps};
     for (int head = 0; head < tile.num_kv_heads; ++head) {
-      PrefetchBlocks(tile.kv, tile.kv_head, tile.num_kv_heads,
-                     tile.block_table + next / kBlockTokens,
-                     (next_tokens + kBlockTokens - 1) / kBlockTokens, head, tile.num_kv_heads);
       const int64_t first_row = int64_t{head} * tile.rows_per_kv_head();
-      AttendGroup<T>(tile, head, group, end, workspace,
+      AttendGroup<T>(tile, head, group, end, workspace, prefetch,
                      {result.acc + first_row * head_dim, nullptr, result.max + first_row});
     }
   }
@@ -659,22 +670,9 @@ void AttendPartition(const AttentionTile& tile, int64_t partition, const TileWor
 }
 
 void PrefetchBlocks(const KvLayerView& kv, int kv_head, int num_kv_heads, const int32_t* blocks,
-                    int64_t num_blocks, int64_t part, int64_t num_parts) {
-  const int64_t run_bytes =
-      kv.layout.head_run_elements() * static_cast<int64_t>(DTypeBytes(kv.layout.dtype));
-  // Keys of the heads are one piece of a block, values another.
-  const int64_t piece_bytes = num_kv_heads * run_bytes;
-  const int64_t begin = 2 * num_blocks * piece_bytes * part / num_parts;
-  const int64_t end = 2 * num_blocks * piece_bytes * (part + 1) / num_parts;
-  for (int64_t at = begin; at < end;) {
-    const int64_t piece = at / piece_bytes;
-    const char* data =
-        static_cast<const char*>(kv.data) + blocks[piece / 2] * kv.layout.block_bytes() +
-        (kv_head + piece % 2 * kv.layout.num_kv_heads) * run_bytes - piece * piece_bytes;
-    const int64_t piece_end = std::min(end, (piece + 1) * piece_bytes);
-    PrefetchRange(data + at, piece_end - at);
-    at = piece_end;
-  }
+                    int64_t num_blocks) {
+  BlockPrefetcher prefetcher(kv, kv_head, num_kv_heads, blocks, num_blocks);
+  prefetcher.Advance(prefetcher.NumLines());
 }
 
 void ClearPartial(const AttentionPartial& total, int num_rows, int head_dim) {

@@ -65,10 +65,9 @@ struct TileWorkspace {
   float* lane_sums = nullptr;  // [num_rows, kBlockTokens]
 };
 
-// Asks for what part `part` of `num_parts` of the tile's keys and values in `num_blocks` blocks
-// occupies to come into the L2 cache.
+// Asks for the keys and values of some KV heads in `num_blocks` blocks to come into the L2 cache.
 void PrefetchBlocks(const KvLayerView& kv, int kv_head, int num_kv_heads, const int32_t* blocks,
-                    int64_t num_blocks, int64_t part, int64_t num_parts);
+                    int64_t num_blocks);
 
 // Attends to the positions of `partition` that lie in the tile's range.
 void AttendPartition(const AttentionTile& tile, int64_t partition, const TileWorkspace& workspace,

@@ -164,7 +164,14 @@ struct Dot {
     int32_t four;
     std::memcpy(&four, weights, sizeof(four));
     const VI ones = hn::Set(di, 0x00010001);
-    return hn::Add(sum, VI{AddPairs(MulPairs(quads.raw, hn::Set(di, four).raw), ones.raw)});
+    sum = hn::Add(sum, VI{AddPairs(MulPairs(quads.raw, hn::Set(di, four).raw), ones.raw)});
+    // GCC would add many products as a tree, for which there are not the registers.
+#if HWY_TARGET == HWY_AVX3
+    asm("" : "+v"(sum.raw));
+#else
+    asm("" : "+x"(sum.raw));
+#endif
+    return sum;
   }
 };
 

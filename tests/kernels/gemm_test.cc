@@ -71,14 +71,14 @@ std::vector<float> RoundedActivations(const std::vector<float>& x) {
 //   int8 activations: an activation moves by at most half a step, largest / 254, so besides the
 //     above |y - W x| <= sum |w_k| * largest(block of k) / 254 (1% more for x * (127 / largest)
 //     rounding across a tie).
-void CheckAgainstDouble(WeightType type, int64_t rows, CpuActivations activations) {
-  std::mt19937 rng(7 + static_cast<unsigned>(type));
-  const int64_t cols = RaggedCols(type);
-  const int64_t num_outputs = 37;  // two panels and a bit
-  const RandomWeight matrix(type, num_outputs, cols, rng);
+void CheckAgainstDouble(const RandomWeight& matrix, const std::vector<float>& x,
+                        CpuActivations activations) {
+  const WeightType type = matrix.raw.type;
+  const int64_t num_outputs = matrix.raw.rows;
+  const int64_t cols = matrix.raw.cols;
+  const int64_t rows = static_cast<int64_t>(x.size()) / cols;
   ThreadPool pool(2);
   const auto weight = Pack({matrix.raw}, pool);
-  const std::vector<float> x = RandomActivations(rows, cols, rng);
   const std::vector<float> y = Multiply(*weight, x, rows, activations, pool);
 
   const bool int8 = activations == CpuActivations::kInt8 && IsQuantized(type);
@@ -116,6 +116,28 @@ void CheckAgainstDouble(WeightType type, int64_t rows, CpuActivations activation
   CHECK(worst <= 1.0);
 }
 
+constexpr int64_t kNumOutputs = 37;  // two panels and a bit
+
+void CheckAgainstDouble(WeightType type, int64_t rows, CpuActivations activations) {
+  std::mt19937 rng(7 + static_cast<unsigned>(type));
+  const int64_t cols = RaggedCols(type);
+  const RandomWeight matrix(type, kNumOutputs, cols, rng);
+  CheckAgainstDouble(matrix, RandomActivations(rows, cols, rng), activations);
+}
+
+// Every quant at one end of its range, and every activation at one of its own: no sum of products
+// may leave the integers that hold it.
+void CheckExtremes(WeightType type, int64_t rows) {
+  std::mt19937 rng(29);
+  const int64_t cols = RaggedCols(type);
+  std::vector<float> x(rows * cols);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = i / 64 % 3 == 1 ? -1.0f : 1.0f;
+  for (const uint32_t or_mask : {0x00u, 0xffu, 0x80u}) {
+    CheckAgainstDouble(RandomWeight(type, kNumOutputs, cols, rng, 0, or_mask), x,
+                       CpuActivations::kInt8);
+  }
+}
+
 TEST_CASE("Products agree with double precision") {
   for (WeightType type : kAllTypes) {
     for (CpuActivations activations : {CpuActivations::kInt8, CpuActivations::kF32}) {
@@ -137,6 +159,8 @@ TEST_CASE("Every instruction set agrees with double precision") {
           CAPTURE(hwy::TargetName(target), without_vnni, std::string(InfoOf(type).name));
           CheckAgainstDouble(type, 9, activations);
         }
+        if (!IsQuantized(type)) continue;
+        for (const int64_t rows : {1, 9}) CheckExtremes(type, rows);
       }
     }
   }

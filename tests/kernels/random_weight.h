@@ -23,14 +23,15 @@ inline int64_t RaggedCols(WeightType type) {
   return block == 256 ? 512 : block == 32 ? 352 : 301;
 }
 
-// A random matrix as a file would hold it.
+// A random matrix as a file would hold it; the masks change all bytes but the fp16 scales.
 struct RandomWeight {
   std::vector<std::byte> bytes;
   RawWeight raw;
 
-  RandomWeight(WeightType type, int64_t rows, int64_t cols, std::mt19937& rng) {
+  RandomWeight(WeightType type, int64_t rows, int64_t cols, std::mt19937& rng,
+               uint32_t and_mask = 0xff, uint32_t or_mask = 0) {
     bytes.resize(rows * RowBytes(type, cols));
-    for (std::byte& byte : bytes) byte = static_cast<std::byte>(rng() & 0xff);
+    for (std::byte& byte : bytes) byte = static_cast<std::byte>((rng() & and_mask) | or_mask);
     raw = {bytes.data(), type, rows, cols};
     const auto put16 = [&](size_t at, uint32_t value) { std::memcpy(&bytes[at], &value, 2); };
     // fp16 of 2^-7..2^-4, either sign.
