@@ -16,14 +16,11 @@ namespace gloam::cuda {
 namespace {
 
 // Most rows of x that the streaming kernels take before cuBLASLt is faster.
-constexpr int64_t kMaxStreamedBF16 = 32;
+constexpr int64_t kMaxStreamedBF16 = 16;
 constexpr int64_t kMaxStreamedPacked = 96;  // for cuBLASLt, weights are dequantised each time
 
 // Shared memory of an SM that half of it leaves to the small kernels between two products.
 constexpr int kSharedForOthers = 8 << 10;
-
-// Of a block, about what the memory of an H100 delivers in 2 us to each SM.
-constexpr int kPrefetchBytes = 48 << 10;
 
 // Rows of a quantised weight are dequantised this many bytes at a time.
 constexpr size_t kScratchBytes = 64 << 20;
@@ -74,7 +71,6 @@ class CudaGemm final : public GemmBackend {
         stream_device_({.num_sms = context.num_sms,
                         .block_shared_bytes = context.max_shared_bytes / 2 - kSharedForOthers,
                         .max_shared_bytes = context.max_shared_bytes,
-                        .prefetch_bytes = kPrefetchBytes,
                         .stream = context.stream}) {}
 
   // A model is complete when its step is reserved: what loading needed goes.

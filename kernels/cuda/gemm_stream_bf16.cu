@@ -81,7 +81,7 @@ struct BF16Format {
 }  // namespace
 
 void StreamGemmBF16(const StreamGemmParams& params, const StreamGemmDevice& device) {
-  constexpr int kWarps = 4;
+  constexpr int kWarps = 8;
   if (params.m > kMaxStreamedRows) return TileGemm<BF16Format<kWarps, 4>, 4>(params, device);
   StreamGemm<BF16Format<kWarps, 2>, 4>(params, device);
 }
