@@ -47,9 +47,10 @@ struct KvLayerView {
 };
 
 // Which tokens a step works on and where their keys and values live. All arrays are on the
-// backend's device and valid during the step, but those named host_. Sequences are packed one after
-// another. A recorded step (Ops::Repeat) may be padded with sequences of one token and a context of
-// 0; nothing is computed for them.
+// backend's device and valid during the step, but those named host_; no operation of the step
+// writes them, so that kernels may read them before earlier ones are done. Sequences are packed one
+// after another. A recorded step (Ops::Repeat) may be padded with sequences of one token and a
+// context of 0; nothing is computed for them.
 struct SequenceBatch {
   int num_seqs = 0;
   int num_tokens = 0;  // cu_seqlens[num_seqs]

@@ -147,7 +147,8 @@ void Bench::Run(int batch, int num_tokens, double peer_us, double read_rate) {
   const int layers = static_cast<int>(std::min<int64_t>(
       {kMaxLayers, static_cast<int64_t>(order_.size()) / blocks, kMinStepBytes / bytes + 1}));
   if (layers == 0) return;
-  const int num_groups = DecodeGroups(shape_.num_kv_heads, shape_.heads_per_kv);
+  const int num_groups =
+      DecodeGroups(shape_.num_kv_heads, shape_.heads_per_kv, shape_.heads_per_kv);
   const int max_splits = DecodeSplits(blocks_per_seq, num_groups);
   const int width = shape_.num_kv_heads * shape_.heads_per_kv * shape_.head_dim;
   std::vector<int32_t> cu_seqlens(batch + 1);
@@ -174,6 +175,7 @@ void Bench::Run(int batch, int num_tokens, double peer_us, double read_rate) {
          .num_kv_heads = shape_.num_kv_heads,
          .heads_per_kv = shape_.heads_per_kv,
          .head_dim = shape_.head_dim,
+         .heads_per_unit = shape_.heads_per_kv,
          .cu_seqlens = static_cast<const int32_t*>(seqs.data()),
          .context_lens = static_cast<const int32_t*>(contexts.data()),
          .block_tables = static_cast<const int32_t*>(tables.data()) + layer * blocks,
@@ -184,7 +186,7 @@ void Bench::Run(int batch, int num_tokens, double peer_us, double read_rate) {
          .max_splits = max_splits,
          .partials = static_cast<float*>(partials.data()),
          .arrivals = static_cast<int32_t*>(arrivals.data())},
-        context_.num_sms, context_.stream);
+        {context_.num_sms, context_.compute_capability, context_.stream});
   };
   std::vector<Recording> together, alone;
   together.emplace_back(context_.stream, [&] {

@@ -38,6 +38,7 @@ class Backend final : public AttentionBackend {
   std::unique_ptr<PrefillAttention> prefill_;  // null in batch-invariant mode
 
   StepLimits limits_;
+  int heads_per_unit_ = 0;
   int max_splits_ = 0;
   int rows_per_launch_ = 0;
   Buffer partials_;
@@ -50,10 +51,11 @@ Status Backend::Reserve(const StepLimits& limits) {
   GLOAM_CHECK(limits.num_kv_heads > 0 && limits.num_heads % limits.num_kv_heads == 0);
   limits_ = limits;
   const int heads_per_kv = limits.num_heads / limits.num_kv_heads;
-  const int64_t num_groups = DecodeGroups(limits.num_kv_heads, heads_per_kv);
+  heads_per_unit_ = std::min(heads_per_kv, DecodeHeads(context_.compute_capability));
+  const int64_t num_groups = DecodeGroups(limits.num_kv_heads, heads_per_kv, heads_per_unit_);
   max_splits_ = DecodeSplits(BlocksOf(limits.max_context), static_cast<int>(num_groups));
   const int64_t row_bytes = num_groups * max_splits_ * int64_t{sizeof(float)} *
-                            DecodePartialFloats(heads_per_kv, limits.head_dim);
+                            DecodePartialFloats(heads_per_unit_, limits.head_dim);
   const int max_rows = context_.options.batch_invariant ? limits.max_tokens : limits.max_seqs;
   rows_per_launch_ = static_cast<int>(std::clamp<int64_t>(
       kMaxPartialBytes / row_bytes, 1, std::min(kMaxDecodeRows, std::max(1, max_rows))));
@@ -111,6 +113,7 @@ void Backend::Decode(const AttentionParams& params, DecodeRows rows, int num_row
       .num_kv_heads = kv.num_kv_heads,
       .heads_per_kv = limits_.num_heads / kv.num_kv_heads,
       .head_dim = kv.head_dim,
+      .heads_per_unit = heads_per_unit_,
       .cu_seqlens = batch.cu_seqlens,
       .context_lens = batch.context_lens,
       .block_tables = batch.block_tables,
@@ -126,7 +129,7 @@ void Backend::Decode(const AttentionParams& params, DecodeRows rows, int num_row
   for (int row = 0; row < num_rows; row += rows_per_launch_) {
     decode.first_row = row;
     decode.num_rows = std::min(rows_per_launch_, num_rows - row);
-    LaunchDecodeAttention(decode, context_.num_sms, context_.stream);
+    LaunchDecodeAttention(decode, {context_.num_sms, context_.compute_capability, context_.stream});
   }
 }
 

@@ -1,80 +1,75 @@
 // One query token of each row against its context.
 //
 // A unit of work is a row, a group of up to 8 query heads that share a KV head, and a piece of the
-// context. Thread blocks are persistent and stride over the units. Each warp takes every eighth
-// block of 16 tokens of the piece and keeps a softmax of its own; the warps' results are merged
-// through shared memory, the pieces' through global memory by the thread block that finishes last,
-// both in ascending order.
+// context. One thread block per SM strides over the units. Each of 8 warps takes every eighth block
+// of 16 tokens of the piece and keeps a softmax of its own. Further warps merge the 8 results,
+// which come through shared memory, and, in the thread block that finishes a row and group last,
+// the pieces' results, which come through global memory; always in ascending order.
+//
+// Memory does not idle meanwhile: keys and values stream through a ring in shared memory that
+// belongs to the warp, which asks for what it will need some 8 KB ahead, beyond the end of the
+// unit at hand. Only warps without loads in flight order their writes (a fence waits for all of
+// them).
 //
 // Both products use mma.m16n8k16 with tokens (channels) as its 16 rows and query heads as its 8
-// columns, S^T = K Q^T and O^T = V^T P^T, and take keys and values from global memory straight into
-// fragments, 16 bytes per load: a fragment's place in the dot product does not matter as long as
-// both operands agree, so channels are numbered as they come. Of lane = 4 * g + t:
-//   K: chunks (8 channels) t, t + 4, ... of tokens g and g + 8; Q the same of head g.
-//   V: chunks g (and g + 8) of tokens 2t, 2t + 1, 2t + 8, 2t + 9; tokens are paired by prmt.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+// columns: S^T = K Q^T and O^T = V^T P^T. Of lane = 4 * g + t, a result has rows g and g + 8 of
+// columns 2t and 2t + 1.
 #include <algorithm>
 
 #include "base/check.h"
 #include "kernels/cuda/decode_attention.h"
+#include "kernels/cuda/decode_merge.cuh"
+#include "kernels/cuda/decode_units.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace gloam::cuda {
-namespace {
+namespace decode {
 
-constexpr int kBlock = 16;  // tokens of a block of the cache
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kMaxSplits = 128;
-static_assert(kThreads == kMaxDecodeRows, "a thread plans a row");
-static_assert(kWarps == kDecodeHeads, "a warp weighs a head's partials");
-
-constexpr int CtasPerSm(int head_dim) { return head_dim == 64 ? 3 : 2; }
-
-__device__ __forceinline__ uint4 LoadStreaming(const void* address) {
-  uint4 x;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(address));
-  return x;
-}
-
-// Loaded where it is written: what would be kept in registers for a whole unit is cheaper to load
-// for every block.
-__device__ __forceinline__ uint4 LoadAgain(const uint4* shared) {
-  uint4 x;
-  asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))));
-  return x;
-}
-
-// Counts this thread block in, after what it wrote (before a barrier of the block) and before what
-// it reads of others. Returns the count before.
-__device__ __forceinline__ int32_t Arrive(int32_t* count) {
-  int32_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
-               : "=r"(before)
-               : "l"(count)
+__device__ __forceinline__ void CopyAsync(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global)
                : "memory");
-  return before;
+}
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void LoadMatrices(uint32_t address, uint32_t (&x)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void LoadTransposed(uint32_t address, uint32_t (&x)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
+// An 8 x 8 matrix of 16-bit elements, two of row lane / 4 in each lane, transposed.
+__device__ __forceinline__ uint32_t Transpose8x8(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
 // The arithmetic of one 16-bit type.
 template <typename T>
 struct Half;
 
 template <>
 struct Half<__nv_bfloat16> {
-  static __device__ __forceinline__ void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                             uint32_t a3, uint32_t b0, uint32_t b1) {
+  static __device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
   static __device__ __forceinline__ uint32_t Pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -84,26 +79,19 @@ struct Half<__nv_bfloat16> {
 
 template <>
 struct Half<__half> {
-  static __device__ __forceinline__ void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                             uint32_t a3, uint32_t b0, uint32_t b1) {
+  static __device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
   static __device__ __forceinline__ uint32_t Pack(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(pair);
   }
 };
-
-// An 8 x 8 matrix of 16-bit elements, two of row lane / 4 in each lane, transposed.
-__device__ __forceinline__ uint32_t Transpose8x8(uint32_t x) {
-  uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
 
 // Over the lanes that differ in g.
 __device__ __forceinline__ float MaxOverTokens(float x) {
@@ -116,179 +104,136 @@ __device__ __forceinline__ float SumOverTokens(float x) {
   for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
   return x;
 }
-
-struct Row {
-  int seq;
-  int token;
-  int context;  // tokens that it may see; -1: not this kernel's
-};
-
-// The sequence whose tokens include `token`.
-__device__ int FindSequence(const int32_t* cu_seqlens, int num_seqs, int token) {
-  int low = 0, high = num_seqs - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (cu_seqlens[middle] <= token) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
-__device__ Row ReadRow(const DecodeAttentionParams& p, int index) {
-  Row row = {.seq = 0, .token = 0, .context = -1};
-  if (p.rows == DecodeRows::kEveryToken) {
-    row.token = index;
-    row.seq = FindSequence(p.cu_seqlens, p.num_seqs, index);
-  } else {
-    row.seq = index;
-    row.token = p.cu_seqlens[index];
-  }
-  const int later = p.cu_seqlens[row.seq + 1] - 1 - row.token;  // tokens of the sequence after it
-  if (p.rows == DecodeRows::kEveryToken || later == 0) {
-    row.context = max(0, p.context_lens[row.seq] - later);
-  }
-  return row;
-}
-
-// The blocks that a row with so much context sees.
-struct BlockRange {
-  int begin;
-  int count;
-};
-__device__ __forceinline__ BlockRange VisibleBlocks(const DecodeAttentionParams& p, int context) {
-  const int begin = p.window > 0 ? max(0, context - p.window) / kBlock : 0;
-  return {begin, (context + kBlock - 1) / kBlock - begin};
-}
-
-// One piece of work, as one warp sees it.
-struct Unit {
-  int row;  // of the launch
-  int group;
-  int kv_head;
-  int first_head;  // query head
-  int num_heads;
-  int split;
-  int num_splits;
-  int context;
-  int first_block;  // of this warp, in the sequence
-  int num_blocks;   // of this warp; it takes every kWarps-th
-};
-
-template <int kHeadDim>
-struct SharedMemory {
-  static constexpr int kHeadStride = kHeadDim + 8;  // spreads heads over the banks
-
-  int first_unit[kMaxDecodeRows + 1];  // splits of the rows before
-  Row rows[kMaxDecodeRows];
-  Unit units[2][kWarps];              // at work and next, as each warp sees them
-  uint4 query[2][kHeadDim / 32][32];  // of the unit at work and the next: fragments of each lane
-  int warp_sums[kWarps];
-  int is_last;
-  float max[kWarps][kDecodeHeads];
-  float sum[kWarps][kDecodeHeads];
-  union alignas(16) {
-    float out[kWarps][kDecodeHeads][kHeadStride];  // [channel] of each warp and head
-    float weights[kDecodeHeads][kMaxSplits];       // of the pieces of a row
-  };
-};
-
-// Reads the rows and counts their units. Every thread block does it for itself: it is hidden behind
-// the kernel before, and needs no order among kernels.
-template <int kHeadDim>
-__device__ void PlanRows(const DecodeAttentionParams& p, int num_groups,
-                         SharedMemory<kHeadDim>& shared) {
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  int splits = 0;
-  Row row = {.seq = 0, .token = 0, .context = -1};
-  if (threadIdx.x < p.num_rows) row = ReadRow(p, p.first_row + threadIdx.x);
-  if (row.context > 0) splits = DecodeSplits(VisibleBlocks(p, row.context).count, num_groups);
-  int sum = splits;  // of this thread and those before it
-#pragma unroll
-  for (int delta = 1; delta < 32; delta *= 2) {
-    const int other = __shfl_up_sync(~0u, sum, delta);
-    if (lane >= delta) sum += other;
-  }
-  if (lane == 31) shared.warp_sums[warp] = sum;
-  shared.rows[threadIdx.x] = row;
-  __syncthreads();
-  for (int w = 0; w < warp; ++w) sum += shared.warp_sums[w];
-  shared.first_unit[threadIdx.x + 1] = sum;
-  if (threadIdx.x == 0) shared.first_unit[0] = 0;
-  __syncthreads();
-}
-
-template <int kHeadDim>
-__device__ __forceinline__ Unit FindUnit(const DecodeAttentionParams& p, int num_groups, int index,
-                                         const SharedMemory<kHeadDim>& shared) {
-  int low = 0, high = p.num_rows - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (shared.first_unit[middle] * num_groups <= index) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  Unit unit;
-  unit.row = low;
-  const int first = shared.first_unit[low];
-  unit.num_splits = shared.first_unit[low + 1] - first;
-  const int in_row = index - first * num_groups;
-  unit.group = in_row / unit.num_splits;
-  unit.split = in_row % unit.num_splits;
-  const int groups_per_kv = num_groups / p.num_kv_heads;
-  unit.kv_head = unit.group / groups_per_kv;
-  const int first_in_kv = unit.group % groups_per_kv * kDecodeHeads;
-  unit.first_head = unit.kv_head * p.heads_per_kv + first_in_kv;
-  unit.num_heads = min(kDecodeHeads, p.heads_per_kv - first_in_kv);
-  unit.context = shared.rows[low].context;
-  const BlockRange blocks = VisibleBlocks(p, unit.context);
-  // Pieces differ by one block at most.
-  const int begin = static_cast<int>(int64_t{blocks.count} * unit.split / unit.num_splits);
-  const int end = static_cast<int>(int64_t{blocks.count} * (unit.split + 1) / unit.num_splits);
-  const int warp = threadIdx.x / 32;
-  unit.first_block = blocks.begin + begin + warp;
-  unit.num_blocks = max(0, (end - begin - warp + kWarps - 1) / kWarps);
-  return unit;
-}
-
-// A block's keys and values of one head in a warp's registers.
+// What a warp asks memory for: runs of keys and values in turn, unit after unit.
 template <typename T, int kHeadDim>
-struct Fragments {
-  static constexpr int kChunks = kHeadDim / 8;  // 16 bytes each
-  static constexpr int kKeyLoads = kChunks / 4;
-  static constexpr int kValueLoads = kChunks / 8;
+class RunStream {
+ public:
+  __device__ __forceinline__ RunStream(const DecodeAttentionParams& p, int num_groups,
+                                       SharedMemory<kHeadDim>& shared)
+      : p_(p),
+        shared_(shared),
+        num_groups_(num_groups),
+        num_units_(shared.first_unit[p.num_rows] * num_groups),
+        lane_(threadIdx.x % 32) {
+    LookUp(blockIdx.x);
+    TakeUnit();
+  }
 
-  uint4 keys[kKeyLoads][2];      // of tokens g, g + 8
-  uint4 values[kValueLoads][4];  // of tokens 2t, 2t + 1, 2t + 8, 2t + 9
+  // Whether the next run may be asked for before the earlier kernels are done: all was written by
+  // earlier steps but the block of the row's own token.
+  __device__ __forceinline__ bool IsOld() const {
+    return index_ < num_units_ && p_.rows == DecodeRows::kSingleTokens &&
+           unit_.first_block + block_ * kWarps < (unit_.context - 1) / kBlock;
+  }
 
-  __device__ __forceinline__ void LoadKeys(const T* run, int g, int t) {
+  // Asks for the next run, if there is one, to lie at `to`, as one group of copies.
+  __device__ __forceinline__ void Copy(uint32_t to) {
+    using R = Run<kHeadDim>;
+    if (index_ < num_units_) {
+      const int64_t values_at = int64_t{p_.num_kv_heads} * kBlock * kHeadDim;
+      const T* from = static_cast<const T*>(p_.kv) +
+                      __shfl_sync(~0u, ids_, block_ % 32) * (2 * values_at) +
+                      unit_.kv_head * (kBlock * kHeadDim) + (is_values_ ? values_at : 0);
 #pragma unroll
-    for (int i = 0; i < kKeyLoads; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        keys[i][j] = LoadStreaming(run + (g + 8 * j) * kHeadDim + (t + 4 * i) * 8);
+      for (int i = 0; i < kBlock * R::kRowChunks / 32; ++i) {
+        const int token = i * (32 / R::kRowChunks) + lane_ / R::kRowChunks;
+        CopyAsync(to + R::Offset(token, lane_ % R::kRowChunks), from + (i * 32 + lane_) * 8);
       }
+      Advance();
+    }
+    CommitCopies();
+  }
+
+ private:
+  __device__ __forceinline__ void Advance() {
+    is_values_ = !is_values_;
+    if (is_values_) return;
+    ++block_;
+    if (block_ == unit_.num_blocks) {
+      TakeUnit();
+    } else if (block_ % 32 == 0) {
+      ids_ = ReadIds(unit_, block_);
     }
   }
-  __device__ __forceinline__ void LoadValues(const T* run, int g, int t) {
+
+  // Goes on to the unit that was looked up, and looks up the one after it: its block ids take a
+  // while.
+  __device__ __forceinline__ void TakeUnit() {
+    index_ = next_index_;
+    unit_ = next_unit_;
+    ids_ = next_ids_;
+    block_ = 0;
+    if (index_ < num_units_) LookUp(index_ + gridDim.x);
+  }
+
+  // Looks up the first unit from `index` on in which the warp has a block.
+  __device__ __forceinline__ void LookUp(int index) {
+    for (; index < num_units_; index += gridDim.x) {
+      next_unit_ = FindUnit(p_, num_groups_, index, shared_);
+      if (next_unit_.num_blocks > 0) break;
+    }
+    next_index_ = index;
+    if (index < num_units_) next_ids_ = ReadIds(next_unit_, 0);
+  }
+
+  // Block ids of the unit from the warp's `first` on, one in each lane.
+  __device__ __forceinline__ int ReadIds(const Unit& unit, int first) const {
+    const int block = first + lane_;
+    if (block >= unit.num_blocks) return 0;
+    return p_.block_tables[int64_t{shared_.rows[unit.row].seq} * p_.max_blocks_per_seq +
+                           unit.first_block + block * kWarps];
+  }
+
+  const DecodeAttentionParams& p_;
+  const SharedMemory<kHeadDim>& shared_;
+  const int num_groups_;
+  const int num_units_;
+  const int lane_;
+  int index_ = 0;  // of the unit
+  Unit unit_;
+  int block_ = 0;  // of the warp's blocks of the unit
+  int ids_ = 0;
+  bool is_values_ = false;  // the block's keys were asked for
+  int next_index_ = 0;
+  Unit next_unit_;
+  int next_ids_ = 0;
+};
+
+// The query heads of a unit: for each 16 channels the fragments of head g. Heads beyond the last
+// repeat it.
+template <typename T, int kHeadDim>
+struct Query {
+  uint32_t words[kHeadDim / 16][2];
+
+  __device__ __forceinline__ void Load(const DecodeAttentionParams& p, const Unit& unit,
+                                       int token) {
+    const int g = threadIdx.x % 32 / 4;
+    const int t = threadIdx.x % 4;
+    const T* head = static_cast<const T*>(p.q) + token * p.q_token_stride +
+                    (unit.first_head + min(g, unit.num_heads - 1)) * p.q_head_stride;
 #pragma unroll
-    for (int i = 0; i < kValueLoads; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int token = 2 * t + j % 2 + j / 2 * 8;
-        values[i][j] = LoadStreaming(run + token * kHeadDim + (g + 8 * i) * 8);
-      }
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      words[i][0] = *reinterpret_cast<const uint32_t*>(head + 16 * i + 2 * t);
+      words[i][1] = *reinterpret_cast<const uint32_t*>(head + 16 * i + 8 + 2 * t);
     }
   }
 };
 
-__device__ __forceinline__ uint32_t Word(const uint4& x, int i) {
-  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+// Scores of tokens g (0, 1) and g + 8 (2, 3) of a run of keys, heads 2t and 2t + 1.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void Scores(uint32_t keys, const Query<T, kHeadDim>& q, float (&s)[4]) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t row = Run<kHeadDim>::Offset(lane % 16, lane / 16);
+  float odd[4] = {0, 0, 0, 0};  // a second sum, because a product waits for the one before
+  s[0] = s[1] = s[2] = s[3] = 0;
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 16; ++i) {
+    uint32_t a[4];
+    LoadMatrices(keys + (row ^ (32 * i)), a);
+    Half<T>::Mma(i % 2 == 0 ? s : odd, a, q.words[i][0], q.words[i][1]);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) s[i] += odd[i];
 }
 
 // A warp's softmax so far, of heads 2t and 2t + 1.
@@ -296,7 +241,7 @@ template <typename T, int kHeadDim>
 struct Accumulator {
   static constexpr int kTiles = kHeadDim / 16;
 
-  float out[kTiles][4];  // channels of rows g (0, 1) and g + 8 (2, 3), heads 2t and 2t + 1
+  float out[kTiles][4];  // channels 16 * i + g (0, 1) and 16 * i + 8 + g (2, 3)
   float max[2];
   float sum[2];  // of the tokens of this lane
 
@@ -307,21 +252,7 @@ struct Accumulator {
     sum[0] = sum[1] = 0;
   }
 
-  // Scores of tokens g (0, 1) and g + 8 (2, 3). `query`: the lane's fragments, 32 apart.
-  static __device__ __forceinline__ void Scores(const Fragments<T, kHeadDim>& block,
-                                                const uint4* query, float (&s)[4]) {
-    s[0] = s[1] = s[2] = s[3] = 0;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 32; ++i) {
-      const uint4 q = LoadAgain(query + 32 * i);
-      const uint4 a = block.keys[i][0];
-      const uint4 b = block.keys[i][1];
-      Half<T>::Mma(s, a.x, b.x, a.y, b.y, q.x, q.y);
-      Half<T>::Mma(s, a.z, b.z, a.w, b.w, q.z, q.w);
-    }
-  }
-
-  // Takes the scores in; `p` is what the values are multiplied by. scale_log2: of the scores.
+  // Takes the scores in; `p` is what the values are multiplied by.
   __device__ __forceinline__ void Softmax(const float (&s)[4], float scale_log2, uint32_t (&p)[2]) {
     float prob[4];
 #pragma unroll
@@ -343,345 +274,179 @@ struct Accumulator {
     p[1] = Transpose8x8(Half<T>::Pack(prob[2], prob[3]));
   }
 
-  // Adds the values times `p`. Tile i has channel i of every chunk; where there are 8 chunks, its
-  // rows from 8 on have channel i + 4.
-  __device__ __forceinline__ void AddValues(const Fragments<T, kHeadDim>& block,
-                                            const uint32_t (&p)[2]) {
+  // Adds a run of values times `p`.
+  __device__ __forceinline__ void AddValues(uint32_t values, const uint32_t (&p)[2]) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t row = Run<kHeadDim>::Offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      constexpr int kUpper = kHeadDim == 128 ? 1 : 0;
-      const int upper = kHeadDim == 128 ? i : i + 4;
       uint32_t a[4];
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        a[2 * pair] = Pair(block.values[0][2 * pair], block.values[0][2 * pair + 1], i);
-        a[2 * pair + 1] =
-            Pair(block.values[kUpper][2 * pair], block.values[kUpper][2 * pair + 1], upper);
-      }
-      Half<T>::Mma(out[i], a[0], a[1], a[2], a[3], p[0], p[1]);
+      LoadTransposed(values + (row ^ (32 * i)), a);
+      Half<T>::Mma(out[i], a, p[0], p[1]);
     }
   }
 
-  // Channel `i` of two tokens' chunks.
-  static __device__ __forceinline__ uint32_t Pair(const uint4& first, const uint4& second, int i) {
-    return __byte_perm(Word(first, i / 2), Word(second, i / 2), i % 2 == 0 ? 0x5410 : 0x7632);
+  // Leaves the warp's result in shared memory.
+  __device__ __forceinline__ void Store(float scale_log2, int num_heads,
+                                        WarpResults<kHeadDim>& results) const {
+    const int warp = threadIdx.x / 32;
+    const int g = threadIdx.x % 32 / 4;
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float total = SumOverTokens(sum[h]);
+      const int head = 2 * t + h;
+      if (head >= num_heads) continue;
+      if (g == 0) {
+        results.max[warp][head] = max[h] * scale_log2;
+        results.sum[warp][head] = total;
+      }
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        results.out[warp][head][16 * i + g] = out[i][h];
+        results.out[warp][head][16 * i + 8 + g] = out[i][h + 2];
+      }
+    }
   }
 };
 
-// Takes out the tokens of a block that the row does not see: those from `end` on, and those before
-// `begin` (both within the block). What lies there may be anything, NaN too.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void MaskTokens(int begin, int end, int g, int t,
-                                           Fragments<T, kHeadDim>& block, float (&s)[4]) {
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    if (g + 8 * j < begin || g + 8 * j >= end) s[2 * j] = s[2 * j + 1] = -INFINITY;
+// What lies in the tokens of an edge block that the row does not see may be anything, NaN too: zero
+// the values. Those from `end` on and those before `begin`.
+template <int kHeadDim>
+__device__ __forceinline__ void ClearHiddenValues(char* values, int begin, int end) {
+  using R = Run<kHeadDim>;
+  for (int i = threadIdx.x % 32; i < R::kBytes / 16; i += 32) {
+    const int token = i / R::kRowChunks;
+    if (token < begin || token >= end) reinterpret_cast<uint4*>(values)[i] = make_uint4(0, 0, 0, 0);
   }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int token = 2 * t + j % 2 + j / 2 * 8;
-    if (token >= begin && token < end) continue;
-#pragma unroll
-    for (int i = 0; i < Fragments<T, kHeadDim>::kValueLoads; ++i) {
-      block.values[i][j] = make_uint4(0, 0, 0, 0);
-    }
-  }
+  __syncwarp();
 }
-
-// Leaves a warp's result in shared memory.
+// What the computing warps do. Waits for earlier kernels.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void StoreWarp(Accumulator<T, kHeadDim>& acc, float scale_log2,
-                                          int num_heads, SharedMemory<kHeadDim>& shared) {
+__device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
+                             SharedMemory<kHeadDim>& shared) {
+  using R = Run<kHeadDim>;
+  constexpr int kAhead = R::kPerRing - 1;  // runs that are asked for beyond the one at hand
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;
-  const int t = threadIdx.x % 4;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float sum = SumOverTokens(acc.sum[h]);
-    const int head = 2 * t + h;
-    if (head >= num_heads) continue;
-    if (g == 0) {
-      shared.max[warp][head] = acc.max[h] * scale_log2;
-      shared.sum[warp][head] = sum;
-    }
-    float* out = shared.out[warp][head];
-    if constexpr (kHeadDim == 128) {
-#pragma unroll
-      for (int i = 0; i < 8; i += 4) {
-        *reinterpret_cast<float4*>(out + g * 8 + i) =
-            make_float4(acc.out[i][h], acc.out[i + 1][h], acc.out[i + 2][h], acc.out[i + 3][h]);
-        *reinterpret_cast<float4*>(out + (g + 8) * 8 + i) = make_float4(
-            acc.out[i][h + 2], acc.out[i + 1][h + 2], acc.out[i + 2][h + 2], acc.out[i + 3][h + 2]);
-      }
-    } else {
-      *reinterpret_cast<float4*>(out + g * 8) =
-          make_float4(acc.out[0][h], acc.out[1][h], acc.out[2][h], acc.out[3][h]);
-      *reinterpret_cast<float4*>(out + g * 8 + 4) =
-          make_float4(acc.out[0][h + 2], acc.out[1][h + 2], acc.out[2][h + 2], acc.out[3][h + 2]);
-    }
-  }
-}
-
-__device__ __forceinline__ __nv_bfloat16* OutRow(const DecodeAttentionParams& p, int token,
-                                                 int head) {
-  return static_cast<__nv_bfloat16*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
-}
-
-// Merges the warps' results into the row's output, or, where it has several pieces, into a partial.
-template <int kHeadDim>
-__device__ __forceinline__ void MergeWarps(const DecodeAttentionParams& p, const Unit& unit,
-                                           int token, float* partial,
-                                           const SharedMemory<kHeadDim>& shared) {
-  const int stored_heads = min(kDecodeHeads, p.heads_per_kv);
-  for (int i = threadIdx.x; i < unit.num_heads * (kHeadDim / 2); i += kThreads) {
-    const int head = i / (kHeadDim / 2);
-    const int channel = i % (kHeadDim / 2) * 2;
-    float max = shared.max[0][head];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) max = fmaxf(max, shared.max[w][head]);
-    float2 out = {0, 0};
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float weight = exp2f(shared.max[w][head] - max);
-      const float2 x = *reinterpret_cast<const float2*>(&shared.out[w][head][channel]);
-      out.x += weight * x.x;
-      out.y += weight * x.y;
-      sum += weight * shared.sum[w][head];
-    }
-    if (unit.num_splits == 1) {
-      const float scale = 1 / sum;
-      *reinterpret_cast<__nv_bfloat162*>(OutRow(p, token, unit.first_head + head) + channel) =
-          __floats2bfloat162_rn(out.x * scale, out.y * scale);
-    } else {
-      __stcg(reinterpret_cast<float2*>(partial + head * kHeadDim + channel), out);
-      if (channel == 0) {
-        __stcg(partial + stored_heads * kHeadDim + 2 * head, max);
-        __stcg(partial + stored_heads * kHeadDim + 2 * head + 1, sum);
-      }
-    }
-  }
-}
-
-// Merges the pieces' partials of a row and group; `first` is that of the first piece.
-template <int kHeadDim>
-__device__ void MergeSplits(const DecodeAttentionParams& p, const Unit& unit, int token,
-                            const float* first, SharedMemory<kHeadDim>& shared) {
-  const int stored_heads = min(kDecodeHeads, p.heads_per_kv);
-  const int stride = DecodePartialFloats(p.heads_per_kv, kHeadDim);
-  const int lane = threadIdx.x % 32;
-  if (const int head = threadIdx.x / 32; head < unit.num_heads) {
-    float2 stats[kMaxSplits / 32];  // maximum and sum of pieces lane, lane + 32, ...
-    float max = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < kMaxSplits / 32; ++i) {
-      const int s = lane + 32 * i;
-      stats[i] = {-INFINITY, 0};
-      if (s < unit.num_splits) {
-        stats[i] = __ldcg(reinterpret_cast<const float2*>(first + int64_t{s} * stride +
-                                                          stored_heads * kHeadDim + 2 * head));
-      }
-      max = fmaxf(max, stats[i].x);
-    }
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, mask));
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < kMaxSplits / 32; ++i) {
-      stats[i].x = exp2f(stats[i].x - max);
-      sum += stats[i].x * stats[i].y;
-    }
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-#pragma unroll
-    for (int i = 0; i < kMaxSplits / 32; ++i) {
-      shared.weights[head][lane + 32 * i] = stats[i].x / sum;
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < unit.num_heads * (kHeadDim / 2); i += kThreads) {
-    const int head = i / (kHeadDim / 2);
-    const int channel = i % (kHeadDim / 2) * 2;
-    const float* x = first + head * kHeadDim + channel;
-    float2 out = {0, 0};
-#pragma unroll 16
-    for (int s = 0; s < unit.num_splits; ++s) {
-      const float2 part = __ldcg(reinterpret_cast<const float2*>(x + int64_t{s} * stride));
-      out.x += shared.weights[head][s] * part.x;
-      out.y += shared.weights[head][s] * part.y;
-    }
-    *reinterpret_cast<__nv_bfloat162*>(OutRow(p, token, unit.first_head + head) + channel) =
-        __floats2bfloat162_rn(out.x, out.y);
-  }
-}
-
-// Rows that see nothing (padding of a recorded step) get zeros.
-template <int kHeadDim>
-__device__ void ClearEmptyRows(const DecodeAttentionParams& p,
-                               const SharedMemory<kHeadDim>& shared) {
-  const int num_heads = p.num_kv_heads * p.heads_per_kv;
-  for (int row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
-    if (shared.rows[row].context != 0) continue;
-    for (int i = threadIdx.x; i < num_heads * kHeadDim; i += kThreads) {
-      OutRow(p, shared.rows[row].token, i / kHeadDim)[i % kHeadDim] = __float2bfloat16(0);
-    }
-  }
-}
-
-template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads, CtasPerSm(kHeadDim)) void DecodeAttentionKernel(
-    const __grid_constant__ DecodeAttentionParams p) {
-  __shared__ SharedMemory<kHeadDim> shared;
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const int g = lane / 4;
-  const int t = lane % 4;
-  const int num_groups = DecodeGroups(p.num_kv_heads, p.heads_per_kv);
-  const int64_t run = int64_t{kBlock} * kHeadDim;
-  const int64_t values_at = p.num_kv_heads * run;
-  const float scale_log2 = p.scale * 1.44269504f;
-  AllowNextKernel();
-
-  PlanRows(p, num_groups, shared);
   const int num_units = shared.first_unit[p.num_rows] * num_groups;
-
-  Fragments<T, kHeadDim> block;
-  int slot = 0;  // of the unit at work
-  int num_blocks = 0;
-  int ids = 0;  // of the warp's blocks, 32 at a time
-  const T* head_base = nullptr;
-  const auto read_ids = [&](const Unit& unit, int first) {
-    if (first + lane < unit.num_blocks) {
-      ids = p.block_tables[int64_t{shared.rows[unit.row].seq} * p.max_blocks_per_seq +
-                           unit.first_block + (first + lane) * kWarps];
-    }
-  };
-  const auto run_of = [&](int i) {
-    return head_base + __shfl_sync(~0u, ids, i % 32) * (2 * values_at);
-  };
-  const auto take_unit = [&](int index) {
-    const Unit unit = FindUnit(p, num_groups, index, shared);
-    if (lane == 0) shared.units[slot][warp] = unit;
-    __syncwarp();
-    num_blocks = unit.num_blocks;
-    head_base = static_cast<const T*>(p.kv) + unit.kv_head * run;
-    read_ids(unit, 0);
-  };
-  // Fragments of the next unit's query come from thread 32 * i + lane; heads beyond the last repeat
-  // it.
-  const auto load_query = [&] {
-    const Unit& unit = shared.units[slot][warp];
-    return *reinterpret_cast<const uint4*>(
-        static_cast<const T*>(p.q) + shared.rows[unit.row].token * p.q_token_stride +
-        (unit.first_head + min(g, unit.num_heads - 1)) * p.q_head_stride + (t + 4 * warp) * 8);
-  };
-  const auto load_first = [&] {
-    if (num_blocks == 0) return;
-    const T* keys = run_of(0);
-    block.LoadKeys(keys, g, t);
-    block.LoadValues(keys + values_at, g, t);
-  };
-
-  int index = blockIdx.x;
-  bool early = false;
-  if (index < num_units) {
-    take_unit(index);
-    // What earlier steps wrote need not wait: all but the block of the row's own token.
-    const Unit& unit = shared.units[slot][warp];
-    early = p.rows == DecodeRows::kSingleTokens && unit.first_block < (unit.context - 1) / kBlock;
-    if (early) load_first();
-  }
+  const float scale_log2 = p.scale * 1.44269504f;
+  RunStream<T, kHeadDim> stream(p, num_groups, shared);
+  const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(shared.rings[warp]));
+  int asked = 0;
+  for (; asked < kAhead && stream.IsOld(); ++asked) stream.Copy(ring + asked * R::kBytes);
   WaitForEarlierKernels();
-  if (index < num_units) {
-    if (!early) load_first();
-    if (warp < kHeadDim / 32) shared.query[slot][warp][lane] = load_query();
-  }
-  ClearEmptyRows(p, shared);
-  __syncthreads();
+  for (; asked < kAhead; ++asked) stream.Copy(ring + asked * R::kBytes);
 
-  Accumulator<T, kHeadDim> acc;
-  while (index < num_units) {
-    int visible_begin, visible_end;  // counted from the first token of the block at hand
-    {
-      const Unit& unit = shared.units[slot][warp];
-      visible_end = unit.context - unit.first_block * kBlock;
-      visible_begin = p.window > 0 ? visible_end - p.window : 0;
-    }
+  int at_hand = 0;        // run of the ring
+  int free_run = kAhead;  // the one before, read already
+  // The next run to read; when it is there, another is asked for in place of the one before.
+  const auto next_run = [&] {
+    WaitForCopies<kAhead - 1>();
+    __syncwarp();
+    stream.Copy(ring + free_run * R::kBytes);
+    free_run = at_hand;
+    at_hand = at_hand + 1 == R::kPerRing ? 0 : at_hand + 1;
+    return free_run;
+  };
+
+  Unit unit;
+  Query<T, kHeadDim> next_query;
+  const auto load_query = [&](int index) {
+    if (index >= num_units) return;
+    unit = FindUnit(p, num_groups, index, shared);
+    next_query.Load(p, unit, shared.rows[unit.row].token);
+  };
+  load_query(blockIdx.x);
+  for (int index = blockIdx.x; index < num_units; index += gridDim.x) {
+    const Query<T, kHeadDim> query = next_query;
+    const int num_blocks = unit.num_blocks;
+    const int num_heads = unit.num_heads;
+    // Tokens that the row sees, counted from the first of the block at hand.
+    int visible_end = unit.context - unit.first_block * kBlock;
+    int visible_begin = p.window > 0 ? visible_end - p.window : 0;
+    load_query(index + gridDim.x);
+    Accumulator<T, kHeadDim> acc;
     acc.Clear();
 #pragma unroll 1
     for (int i = 0; i < num_blocks; ++i) {
       float s[4];
-      acc.Scores(block, &shared.query[slot][0][lane], s);
-      const T* next = nullptr;
-      if (i + 1 < num_blocks) {
-        if ((i + 1) % 32 == 0) read_ids(shared.units[slot][warp], i + 1);
-        next = run_of(i + 1);
-        block.LoadKeys(next, g, t);
+      Scores<T, kHeadDim>(ring + next_run() * R::kBytes, query, s);
+      const bool is_edge = visible_begin > 0 || visible_end < kBlock;
+      if (is_edge) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int token = g + j / 2 * 8;
+          if (token < visible_begin || token >= visible_end) s[j] = -INFINITY;
+        }
       }
-      if (visible_begin > 0 || visible_end < kBlock) {
-        MaskTokens(visible_begin, visible_end, g, t, block, s);
-      }
-      visible_begin -= kWarps * kBlock;
-      visible_end -= kWarps * kBlock;
       uint32_t probs[2];
       acc.Softmax(s, scale_log2, probs);
-      acc.AddValues(block, probs);
-      if (next != nullptr) block.LoadValues(next + values_at, g, t);
-    }
-
-    // The next unit's first block is on its way while this one is merged.
-    const int done = index;
-    const Unit& unit = shared.units[slot][warp];
-    index += gridDim.x;
-    slot ^= 1;
-    uint4 query = {};
-    if (index < num_units) {
-      take_unit(index);
-      load_first();
-      if (warp < kHeadDim / 32) query = load_query();
-    }
-    StoreWarp(acc, scale_log2, unit.num_heads, shared);
-    __syncthreads();
-    const int token = shared.rows[unit.row].token;
-    const int stride = DecodePartialFloats(p.heads_per_kv, kHeadDim);
-    MergeWarps(p, unit, token, p.partials + int64_t{done} * stride, shared);
-    if (unit.num_splits > 1) {
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        int32_t* arrivals = p.arrivals + unit.row * num_groups + unit.group;
-        const bool is_last = Arrive(arrivals) == unit.num_splits - 1;
-        if (is_last) *arrivals = 0;
-        shared.is_last = is_last;
+      const int values = next_run();
+      if (is_edge) {
+        ClearHiddenValues<kHeadDim>(shared.rings[warp][values], visible_begin, visible_end);
       }
-      __syncthreads();
-      if (shared.is_last) {
-        MergeSplits(p, unit, token, p.partials + int64_t{done - unit.split} * stride, shared);
-      }
+      acc.AddValues(ring + values * R::kBytes, probs);
+      visible_begin -= kWarps * kBlock;
+      visible_end -= kWarps * kBlock;
     }
-    if (warp < kHeadDim / 32) shared.query[slot][warp][lane] = query;
-    __syncthreads();
+    if (index != blockIdx.x) WaitAt<Barrier::kEmpty>();
+    acc.Store(scale_log2, num_heads, shared.results);
+    ArriveAt<Barrier::kFull>();
   }
 }
 
-template <typename T>
-void LaunchFor(const DecodeAttentionParams& params, int num_sms, cudaStream_t stream) {
-  const int units =
-      params.num_rows * DecodeGroups(params.num_kv_heads, params.heads_per_kv) * params.max_splits;
-  const int grid = std::min(units, num_sms * CtasPerSm(params.head_dim));
-  const LaunchShape shape = {.grid = dim3(grid), .block = dim3(kThreads)};
-  LaunchKernel(params.head_dim == 64 ? DecodeAttentionKernel<T, 64> : DecodeAttentionKernel<T, 128>,
-               shape, stream, params);
+template <typename T, int kHeadDim>
+__global__ __launch_bounds__(kThreads, 1) void DecodeAttentionKernel(
+    const __grid_constant__ DecodeAttentionParams p) {
+  extern __shared__ char shared_bytes[];
+  auto& shared = *reinterpret_cast<SharedMemory<kHeadDim>*>(shared_bytes);
+  const int num_groups = DecodeGroups(p.num_kv_heads, p.heads_per_kv, p.heads_per_unit);
+  AllowNextKernel();
+  PlanRows(p, num_groups, shared);
+  if (threadIdx.x < kComputeThreads) {
+    ComputeUnits<T>(p, num_groups, shared);
+  } else {
+    WaitForEarlierKernels();
+    Merger<kHeadDim>(p, num_groups, shared).Run();
+  }
 }
 
-}  // namespace
+template <typename T, int kHeadDim>
+void LaunchFor(const DecodeAttentionParams& params, const DecodeDevice& device) {
+  const auto kernel = DecodeAttentionKernel<T, kHeadDim>;
+  const int shared_bytes = SharedBytes<kHeadDim>(device.compute_capability);
+  static bool is_prepared = false;  // one GPU, one thread
+  if (!is_prepared) {
+    GLOAM_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    is_prepared = true;
+  }
+  const int num_groups =
+      DecodeGroups(params.num_kv_heads, params.heads_per_kv, params.heads_per_unit);
+  const int units = params.num_rows * num_groups * params.max_splits;
+  const LaunchShape shape = {.grid = dim3(std::min(units, device.num_sms)),
+                             .block = dim3(kThreads),
+                             .shared_bytes = static_cast<size_t>(shared_bytes)};
+  LaunchKernel(kernel, shape, device.stream, params);
+}
 
-void LaunchDecodeAttention(const DecodeAttentionParams& params, int num_sms, cudaStream_t stream) {
+}  // namespace decode
+
+void LaunchDecodeAttention(const DecodeAttentionParams& params, const DecodeDevice& device) {
   GLOAM_CHECK(params.head_dim == 64 || params.head_dim == 128);
   GLOAM_CHECK(params.num_rows > 0 && params.num_rows <= kMaxDecodeRows);
-  GLOAM_CHECK(params.max_splits > 0 && params.max_splits <= kMaxSplits);
-  if (params.kv_dtype == DType::kBF16) return LaunchFor<__nv_bfloat16>(params, num_sms, stream);
-  GLOAM_CHECK(params.kv_dtype == DType::kF16);
-  LaunchFor<__half>(params, num_sms, stream);
+  GLOAM_CHECK(params.heads_per_unit > 0 &&
+              params.heads_per_unit <= DecodeHeads(device.compute_capability));
+  GLOAM_CHECK(params.max_splits > 0 && params.max_splits <= kMaxDecodeSplits);
+  GLOAM_CHECK(params.kv_dtype == DType::kBF16 || params.kv_dtype == DType::kF16);
+  if (params.kv_dtype == DType::kBF16) {
+    params.head_dim == 64 ? decode::LaunchFor<__nv_bfloat16, 64>(params, device)
+                          : decode::LaunchFor<__nv_bfloat16, 128>(params, device);
+  } else {
+    params.head_dim == 64 ? decode::LaunchFor<__half, 64>(params, device)
+                          : decode::LaunchFor<__half, 128>(params, device);
+  }
 }
 
 }  // namespace gloam::cuda

@@ -34,7 +34,8 @@ struct DecodeAttentionParams {
   DType kv_dtype = DType::kBF16;
   int num_kv_heads = 0;
   int heads_per_kv = 0;
-  int head_dim = 0;  // 64 or 128
+  int head_dim = 0;        // 64 or 128
+  int heads_per_unit = 0;  // at most DecodeHeads() of the GPU, or heads_per_kv
 
   // The batch. These arrays were complete before the forward pass's first kernel: they are read
   // before waiting for earlier kernels.
@@ -57,32 +58,50 @@ struct DecodeAttentionParams {
   int32_t* arrivals = nullptr;  // [num_rows * DecodeGroups()], device; 0 between launches
 };
 
-// Query heads that one unit of work serves; a KV head with more has several units.
-inline constexpr int kDecodeHeads = 8;
-
-// Groups of heads: units of work of a row, for each split.
-constexpr int DecodeGroups(int num_kv_heads, int heads_per_kv) {
-  return num_kv_heads * ((heads_per_kv + kDecodeHeads - 1) / kDecodeHeads);
+// Query heads that one unit of work serves at most; a KV head with more has several units. Fewer
+// where shared memory is small.
+inline constexpr int kMaxDecodeHeads = 8;
+constexpr bool HasSmallSharedMemory(int compute_capability) {
+  return compute_capability == 86 || compute_capability == 89 || compute_capability >= 120;
+}
+constexpr int DecodeHeads(int compute_capability) {
+  return HasSmallSharedMemory(compute_capability) ? kMaxDecodeHeads / 2 : kMaxDecodeHeads;
 }
 
-// How many pieces a context of so many blocks is cut into, for each group. A piece has at least
-// 8 to 16 blocks, more where there are many groups to fill the GPU; a row is never more than about
-// 256 units of work (two for each SM of an H100).
+// Groups of heads: units of work of a row, for each split.
+constexpr int DecodeGroups(int num_kv_heads, int heads_per_kv, int heads_per_unit) {
+  return num_kv_heads * ((heads_per_kv + heads_per_unit - 1) / heads_per_unit);
+}
+
+inline constexpr int kMaxDecodeSplits = 64;
+
+// How many pieces a context of so many blocks is cut into, for each group. Four pieces may be as
+// short as 16 blocks, more have 32 at least. A row is no more than about 64 units of work: half an
+// H100's SMs read at its memory's full speed. Where the pieces are long anyway, it is 128, so that
+// no SM is idle.
 constexpr int DecodeSplits(int num_blocks, int num_groups) {
-  constexpr int kMaxUnits = 256;
-  const int min_blocks = num_groups >= 8 ? 16 : 8;
-  const int max_splits =
-      num_groups >= kMaxUnits ? 1 : kMaxUnits / (num_groups < 2 ? 2 : num_groups);
-  const int wanted = (num_blocks + min_blocks - 1) / min_blocks;
-  return wanted < max_splits ? wanted : max_splits;
+  constexpr int kUnits = 64;
+  constexpr int kLongPiece = 128;  // blocks
+  const auto min = [](int a, int b) { return a < b ? a : b; };
+  const auto max = [](int a, int b) { return a > b ? a : b; };
+  const int wanted = max(min((num_blocks + 15) / 16, 4), (num_blocks + 31) / 32);
+  const int usual = max(1, kUnits / num_groups);
+  const bool is_long = num_blocks >= 2 * usual * kLongPiece;
+  return min(min(wanted, is_long ? 2 * usual : usual), kMaxDecodeSplits);
 }
 
 // A partial result: head by head the unnormalised output, then each head's maximum and sum.
-constexpr int DecodePartialFloats(int heads_per_kv, int head_dim) {
-  return (heads_per_kv < kDecodeHeads ? heads_per_kv : kDecodeHeads) * head_dim + 2 * kDecodeHeads;
+constexpr int DecodePartialFloats(int heads_per_unit, int head_dim) {
+  return heads_per_unit * head_dim + 2 * kMaxDecodeHeads;
 }
 
-// Reads every visible key and value once (per kDecodeHeads query heads of a KV head).
-void LaunchDecodeAttention(const DecodeAttentionParams& params, int num_sms, cudaStream_t stream);
+struct DecodeDevice {
+  int num_sms = 0;
+  int compute_capability = 0;
+  cudaStream_t stream = nullptr;
+};
+
+// Reads every visible key and value once (per heads_per_unit query heads).
+void LaunchDecodeAttention(const DecodeAttentionParams& params, const DecodeDevice& device);
 
 }  // namespace gloam::cuda

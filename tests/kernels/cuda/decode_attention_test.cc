@@ -30,7 +30,8 @@ struct Chunk {
 // written. Scratch memory is full of NaN before.
 std::vector<uint16_t> Run(const PagedCache& cache, const CudaFixture& gpu,
                           const std::vector<Chunk>& chunks,
-                          DecodeRows rows = DecodeRows::kSingleTokens) {
+                          DecodeRows rows = DecodeRows::kSingleTokens,
+                          int max_heads_per_unit = kMaxDecodeHeads) {
   const AttentionShape& shape = cache.shape;
   const int width = shape.width();
   std::vector<int32_t> cu_seqlens = {0}, context_lens, block_tables;
@@ -49,7 +50,8 @@ std::vector<uint16_t> Run(const PagedCache& cache, const CudaFixture& gpu,
     }
   }
   const int num_tokens = cu_seqlens.back();
-  const int num_groups = DecodeGroups(shape.num_kv_heads, shape.heads_per_kv);
+  const int heads_per_unit = std::min(max_heads_per_unit, shape.heads_per_kv);
+  const int num_groups = DecodeGroups(shape.num_kv_heads, shape.heads_per_kv, heads_per_unit);
   const int num_splits = DecodeSplits(cache.max_blocks, num_groups);
   const DeviceArray<int32_t> device_cu_seqlens(cu_seqlens), device_context_lens(context_lens),
       device_block_tables(block_tables);
@@ -58,7 +60,7 @@ std::vector<uint16_t> Run(const PagedCache& cache, const CudaFixture& gpu,
       rows == DecodeRows::kEveryToken ? num_tokens : static_cast<int>(chunks.size());
   const DeviceArray<float> partials(int64_t{std::min(num_rows, kMaxDecodeRows)} * num_groups *
                                     num_splits *
-                                    DecodePartialFloats(shape.heads_per_kv, shape.head_dim));
+                                    DecodePartialFloats(heads_per_unit, shape.head_dim));
   const DeviceArray<int32_t> arrivals(std::vector<int32_t>(kMaxDecodeRows * num_groups, 0));
   DecodeAttentionParams params = {
       .q = device_q.data(),
@@ -72,6 +74,7 @@ std::vector<uint16_t> Run(const PagedCache& cache, const CudaFixture& gpu,
       .num_kv_heads = shape.num_kv_heads,
       .heads_per_kv = shape.heads_per_kv,
       .head_dim = shape.head_dim,
+      .heads_per_unit = heads_per_unit,
       .cu_seqlens = device_cu_seqlens.data(),
       .context_lens = device_context_lens.data(),
       .block_tables = device_block_tables.data(),
@@ -87,7 +90,8 @@ std::vector<uint16_t> Run(const PagedCache& cache, const CudaFixture& gpu,
   for (int row = 0; row < num_rows; row += kMaxDecodeRows) {
     params.first_row = row;
     params.num_rows = std::min(kMaxDecodeRows, num_rows - row);
-    LaunchDecodeAttention(params, gpu.context.num_sms, gpu.context.stream);
+    LaunchDecodeAttention(
+        params, {gpu.context.num_sms, gpu.context.compute_capability, gpu.context.stream});
   }
   gpu.Synchronize();
   const std::vector<int32_t> left = arrivals.Download();
@@ -133,6 +137,10 @@ TEST_CASE("decode attention equals the double-precision softmax") {
         CAPTURE(head_dim, heads_per_kv, static_cast<int>(dtype));
         const PagedCache cache(shape, {0, 1, 15, 16, 17, 255, 256, 257, 0, 1000, 33}, rng);
         CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache)));
+        // As where shared memory is small.
+        const int heads = DecodeHeads(/*compute_capability=*/89);
+        CheckAgainstReference(cache,
+                              Run(cache, gpu, WholeBatch(cache), DecodeRows::kSingleTokens, heads));
       }
     }
   }

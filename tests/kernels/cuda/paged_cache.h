@@ -108,10 +108,12 @@ struct PagedCache {
 // The largest distance of a row from the softmax in double precision, in tolerances. What the
 // kernel rounds: probabilities and outputs to 16 bits (half a unit in the last place each); the
 // rest is fp32, where a score's error is that of a sum of head_dim products of order 2.
+// `pieces_are_bf16`: the results of pieces of the context are rounded too.
 inline double LargestError(const PagedCache& cache, int seq, int context, int query,
-                           const uint16_t* row) {
+                           const uint16_t* row, bool pieces_are_bf16 = false) {
   const AttentionShape& shape = cache.shape;
-  const double prob_epsilon = shape.dtype == DType::kF16 ? 0x1p-11 : 0x1p-8;
+  const double prob_epsilon =
+      (shape.dtype == DType::kF16 ? 0x1p-11 : 0x1p-8) + (pieces_are_bf16 ? 0x1p-8 : 0);
   const int begin = shape.window == 0 ? 0 : std::max(0, context - shape.window);
   const auto to_float = [&](const uint16_t* bits) {
     return ToFloat(shape.dtype, std::span(bits, shape.head_dim));
