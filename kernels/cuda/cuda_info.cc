@@ -1,11 +1,11 @@
 #include "kernels/cuda_info.h"
 
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 
 #include <fstream>
 
 #include "fmt/format.h"
+#include "kernels/cuda/cublas_lt.h"
 
 namespace gloam {
 namespace {
@@ -48,17 +48,10 @@ std::string DescribeDevice(int device) {
                      properties.major < 8 ? ": too old, 8.0 is needed" : "");
 }
 
-// The library that matrix products are loaded from, as the backend looks for it.
+// The library that large matrix products are loaded from.
 std::string DescribeCublasLt() {
-  const std::string name = fmt::format("libcublasLt.so.{}", CUDART_VERSION / 1000);
-  void* library = dlopen(name.c_str(), RTLD_LAZY | RTLD_LOCAL);
-  if (library == nullptr) return fmt::format("{} is not found", name);
-  using VersionFunction = size_t (*)();
-  const auto version = reinterpret_cast<VersionFunction>(dlsym(library, "cublasLtGetVersion"));
-  const std::string text =
-      version == nullptr ? name : fmt::format("{}, version {}", name, version());
-  dlclose(library);
-  return text;
+  const auto library = cuda::CublasLt::Load();
+  return library.ok() ? "can be loaded" : MessageOf(library.status());
 }
 
 }  // namespace
