@@ -43,8 +43,9 @@ Status CheckKvDType(DType dtype, Device device) {
     if (IsKvDType(dtype)) return OkStatus();
     return InvalidArgument("--kv-cache-dtype: on the CPU the KV cache holds bf16, f16 or f32");
   }
-  if (dtype == DType::kBF16 || dtype == DType::kF16 || dtype == DType::kF8E4M3) return OkStatus();
-  return InvalidArgument("--kv-cache-dtype: on a GPU the KV cache holds bf16, f16 or fp8");
+  if (dtype == DType::kBF16 || dtype == DType::kF16) return OkStatus();
+  return InvalidArgument("--kv-cache-dtype: on a GPU the KV cache holds bf16 or f16{}",
+                         dtype == DType::kF8E4M3 ? "; attention does not read fp8 yet" : "");
 }
 
 StatusOr<int> WantedModelLen(const EngineOptions& options, const ModelConfig& config) {
