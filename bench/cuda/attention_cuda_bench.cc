@@ -131,62 +131,79 @@ class Bench {
     std::shuffle(order_.begin(), order_.end(), std::mt19937(2));
   }
 
-  void Run(int batch, int num_tokens, double peer_us, double read_rate);
+  // A cell of the peers' table.
+  void RunDecode(int batch, int num_tokens, double peer_us, double read_rate);
+  // A prompt's last chunk as batch-invariant mode computes it: every token a row of its own.
+  void RunInvariantChunk(int chunk, int num_tokens);
 
  private:
+  struct Times {
+    int layers = 0;  // of the recorded step; 0: the pool is too small
+    double us = 0;
+    double alone_us = 0;
+  };
+  // Sequences of `chunk` tokens each, whose contexts are num_tokens.
+  Times Measure(int batch, int chunk, int num_tokens) const;
+
   const DeviceContext& context_;
   const Shape& shape_;
   const Buffer& pool_;
   std::vector<int32_t> order_;  // the pool's blocks, shuffled
 };
 
-void Bench::Run(int batch, int num_tokens, double peer_us, double read_rate) {
+Bench::Times Bench::Measure(int batch, int chunk, int num_tokens) const {
   const int64_t bytes = batch * num_tokens * shape_.token_bytes();
   const int blocks_per_seq = num_tokens / kBlockTokens;
   const int64_t blocks = int64_t{batch} * blocks_per_seq;
   const int layers = static_cast<int>(std::min<int64_t>(
       {kMaxLayers, static_cast<int64_t>(order_.size()) / blocks, kMinStepBytes / bytes + 1}));
-  if (layers == 0) return;
+  if (layers == 0) return {};
+  const int num_rows = batch * chunk;
+  const int rows_per_launch = std::min(num_rows, kMaxDecodeRows);
   const int num_groups =
       DecodeGroups(shape_.num_kv_heads, shape_.heads_per_kv, shape_.heads_per_kv);
   const int max_splits = DecodeSplits(blocks_per_seq, num_groups);
   const int width = shape_.num_kv_heads * shape_.heads_per_kv * shape_.head_dim;
   std::vector<int32_t> cu_seqlens(batch + 1);
-  std::iota(cu_seqlens.begin(), cu_seqlens.end(), 0);
+  for (int i = 0; i <= batch; ++i) cu_seqlens[i] = i * chunk;
   const Buffer tables =
       Upload(std::vector<int32_t>(order_.begin(), order_.begin() + layers * blocks));
   const Buffer seqs = Upload(cu_seqlens);
   const Buffer contexts = Upload(std::vector<int32_t>(batch, num_tokens));
-  const Buffer q = Upload(std::vector<uint16_t>(batch * width, 0x3F00));
-  const Buffer out = Allocate(sizeof(uint16_t) * batch * width);
-  const Buffer partials = Allocate(sizeof(float) * batch * num_groups * max_splits *
+  const Buffer q = Upload(std::vector<uint16_t>(num_rows * width, 0x3F00));
+  const Buffer out = Allocate(sizeof(uint16_t) * num_rows * width);
+  const Buffer partials = Allocate(sizeof(float) * rows_per_launch * num_groups * max_splits *
                                    DecodePartialFloats(shape_.heads_per_kv, shape_.head_dim));
-  const Buffer arrivals = Allocate(sizeof(int32_t) * batch * num_groups);
+  const Buffer arrivals = Allocate(sizeof(int32_t) * rows_per_launch * num_groups);
   const auto attend = [&](int layer) {
-    LaunchDecodeAttention(
-        {.q = q.data(),
-         .q_token_stride = width,
-         .q_head_stride = shape_.head_dim,
-         .out = out.data(),
-         .out_token_stride = width,
-         .out_head_stride = shape_.head_dim,
-         .kv = pool_.data(),
-         .kv_dtype = DType::kBF16,
-         .num_kv_heads = shape_.num_kv_heads,
-         .heads_per_kv = shape_.heads_per_kv,
-         .head_dim = shape_.head_dim,
-         .heads_per_unit = shape_.heads_per_kv,
-         .cu_seqlens = static_cast<const int32_t*>(seqs.data()),
-         .context_lens = static_cast<const int32_t*>(contexts.data()),
-         .block_tables = static_cast<const int32_t*>(tables.data()) + layer * blocks,
-         .num_seqs = batch,
-         .max_blocks_per_seq = blocks_per_seq,
-         .num_rows = batch,
-         .scale = 1 / std::sqrt(static_cast<float>(shape_.head_dim)),
-         .max_splits = max_splits,
-         .partials = static_cast<float*>(partials.data()),
-         .arrivals = static_cast<int32_t*>(arrivals.data())},
-        {context_.num_sms, context_.compute_capability, context_.stream});
+    for (int row = 0; row < num_rows; row += rows_per_launch) {
+      LaunchDecodeAttention(
+          {.q = q.data(),
+           .q_token_stride = width,
+           .q_head_stride = shape_.head_dim,
+           .out = out.data(),
+           .out_token_stride = width,
+           .out_head_stride = shape_.head_dim,
+           .kv = pool_.data(),
+           .kv_dtype = DType::kBF16,
+           .num_kv_heads = shape_.num_kv_heads,
+           .heads_per_kv = shape_.heads_per_kv,
+           .head_dim = shape_.head_dim,
+           .heads_per_unit = shape_.heads_per_kv,
+           .cu_seqlens = static_cast<const int32_t*>(seqs.data()),
+           .context_lens = static_cast<const int32_t*>(contexts.data()),
+           .block_tables = static_cast<const int32_t*>(tables.data()) + layer * blocks,
+           .num_seqs = batch,
+           .max_blocks_per_seq = blocks_per_seq,
+           .first_row = row,
+           .num_rows = std::min(rows_per_launch, num_rows - row),
+           .rows = chunk == 1 ? DecodeRows::kSingleTokens : DecodeRows::kEveryToken,
+           .scale = 1 / std::sqrt(static_cast<float>(shape_.head_dim)),
+           .max_splits = max_splits,
+           .partials = static_cast<float*>(partials.data()),
+           .arrivals = static_cast<int32_t*>(arrivals.data())},
+          {context_.num_sms, context_.compute_capability, context_.stream});
+    }
   };
   std::vector<Recording> together, alone;
   together.emplace_back(context_.stream, [&] {
@@ -195,15 +212,28 @@ void Bench::Run(int batch, int num_tokens, double peer_us, double read_rate) {
   for (int layer = 0; layer < layers; ++layer) {
     alone.emplace_back(context_.stream, [&] { attend(layer); });
   }
-  const double us = MedianUs(context_.stream, together) / layers;
-  const double alone_us = MedianUs(context_.stream, alone);
-  const double rate = bytes / (us * 1e-6);
+  return {.layers = layers,
+          .us = MedianUs(context_.stream, together) / layers,
+          .alone_us = MedianUs(context_.stream, alone)};
+}
+
+void Bench::RunDecode(int batch, int num_tokens, double peer_us, double read_rate) {
+  const Times times = Measure(batch, 1, num_tokens);
+  if (times.layers == 0) return;
+  const double rate = batch * num_tokens * shape_.token_bytes() / (times.us * 1e-6);
   fmt::print(
       "{{\"shape\": \"{}\", \"batch\": {}, \"context\": {}, \"layers\": {}, \"us\": {:.2f}, "
       "\"us_alone\": {:.2f}, \"gb_per_s\": {:.0f}, \"percent_of_read\": {:.1f}, \"peer_us\": {}, "
       "\"ratio_to_peer\": {:.3f}}}\n",
-      shape_.name, batch, num_tokens, layers, us, alone_us, rate / 1e9, 100 * rate / read_rate,
-      peer_us, us / peer_us);
+      shape_.name, batch, num_tokens, times.layers, times.us, times.alone_us, rate / 1e9,
+      100 * rate / read_rate, peer_us, times.us / peer_us);
+  std::fflush(stdout);
+}
+
+void Bench::RunInvariantChunk(int chunk, int num_tokens) {
+  const Times times = Measure(1, chunk, num_tokens);
+  fmt::print("{{\"shape\": \"{}\", \"invariant_chunk\": {}, \"context\": {}, \"us\": {:.0f}}}\n",
+             shape_.name, chunk, num_tokens, times.us);
   std::fflush(stdout);
 }
 
@@ -212,6 +242,7 @@ int Main() {
   GLOAM_CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
   const Stream stream;
   const DeviceContext context = {
+      .options = {},
       .stream = stream.get(),
       .num_sms = properties.multiProcessorCount,
       .compute_capability = 10 * properties.major + properties.minor,
@@ -226,9 +257,10 @@ int Main() {
     for (const PeerRow& row : kPeers) {
       if (row.shape != shape) continue;
       for (size_t i = 0; i < std::size(kContexts); ++i) {
-        if (row.us[i] > 0) bench.Run(row.batch, kContexts[i], row.us[i], read_rate);
+        if (row.us[i] > 0) bench.RunDecode(row.batch, kContexts[i], row.us[i], read_rate);
       }
     }
+    for (const int num_tokens : {2048, 8192}) bench.RunInvariantChunk(512, num_tokens);
   }
   return 0;
 }
