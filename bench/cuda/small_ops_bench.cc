@@ -188,9 +188,10 @@ double GreedyMicroseconds(const CudaFixture& fixture, const DeviceArray<float>& 
 void BenchSample(const CudaFixture& fixture, double read_rate) {
   const std::unique_ptr<SampleBackend> backend = MakeSampleBackend(fixture.context);
   for (const int64_t rows : {1, 16, 64, 256}) {
-    // Every thousandth token stands out, as in a model's logits.
+    // Every thousandth token stands out, as in a model's logits; in flat rows none does.
     std::vector<float> values = Normal(rows * kVocab, 2);
-    for (size_t i = 0; i < values.size(); i += 997) values[i] += 8;
+    const DeviceArray<float> flat_logits(values);
+    for (size_t i = 0; i < values.size(); i += 997) values[i] += 14;
     const DeviceArray<float> logits(values);
     const double bytes = static_cast<double>(rows * kVocab) * 4;
     Print("greedy_kernel", rows, GreedyMicroseconds(fixture, logits, rows), bytes, read_rate);
@@ -208,12 +209,14 @@ void BenchSample(const CudaFixture& fixture, double read_rate) {
              {"sample_all", all},
              {"sample_top_k_50", top_k},
              {"sample_top_p_0.9", top_p},
+             {"sample_top_p_0.9_flat", top_p},
              {"sample_top_k_50_top_p_0.9_min_p_0.02", both},
              {"sample_all_5_logprobs", logprobs}}) {
       std::vector<SampleRow> batch(rows, row);
       for (int64_t i = 0; i < rows; ++i) batch[i].seed = i;
       std::vector<SampleResult> results(rows);
-      const SampleParams params = {.logits = View(logits.data(), DType::kF32, rows, kVocab, kVocab),
+      float* const data = name.ends_with("flat") ? flat_logits.data() : logits.data();
+      const SampleParams params = {.logits = View(data, DType::kF32, rows, kVocab, kVocab),
                                    .rows = batch,
                                    .results = results};
       double best = 1e30;

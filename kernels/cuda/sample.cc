@@ -87,7 +87,7 @@ class SampleBackendImpl final : public SampleBackend {
   SampleArgs ArgsOf(const TensorView& logits, const CallSize& size) const;
   void Pack(const SampleParams& params, const CallSize& size);
   void CopyToDevice(size_t bytes) const;
-  void LaunchLogprobPasses(const SampleArgs& args) const;
+  void LaunchLogprobPasses(const SampleArgs& args, bool any_changed) const;
   void ReadLogprobs(const SampleTask& task, const SampleOutcome& outcome, SampleResult& result);
   void Synchronize() const { GLOAM_CUDA_CHECK(cudaStreamSynchronize(context_.stream)); }
 
@@ -97,16 +97,18 @@ class SampleBackendImpl final : public SampleBackend {
   }
 
   const DeviceContext context_;
-  Buffer chunk_max_, chunk_mass_, best_, num_done_, tokens_, saved_;  // device: see SampleArgs
-  Buffer staged_host_, staged_;                                       // pinned, and its copy
-  Buffer outcomes_, top_;                                             // pinned; kernels write them
-  std::vector<std::pair<int32_t, float>> bias_;                       // scratch
+  Buffer chunk_max_, chunk_mass_, model_mass_, best_, num_done_, tokens_,
+      saved_;                                    // device: see SampleArgs
+  Buffer staged_host_, staged_;                  // pinned, and its copy
+  Buffer outcomes_, top_;                        // pinned; kernels write them
+  std::vector<std::pair<int32_t, float>> bias_;  // scratch
 };
 
 void SampleBackendImpl::MakeRoom(const CallSize& size) {
   const size_t num_chunks = size.num_rows * size.num_chunks();
   Grow(chunk_max_, num_chunks * sizeof(uint32_t), AllocateDevice);
   Grow(chunk_mass_, num_chunks * sizeof(uint64_t), AllocateDevice);
+  Grow(model_mass_, num_chunks * sizeof(uint64_t), AllocateDevice);
   Grow(best_, size.num_rows * sizeof(uint64_t), AllocateDevice);
   Grow(num_done_, size.num_rows * sizeof(uint32_t), AllocateDevice);
   Grow(tokens_, size.num_rows * sizeof(int32_t), AllocateDevice);
@@ -150,6 +152,7 @@ SampleArgs SampleBackendImpl::ArgsOf(const TensorView& logits, const CallSize& s
   args.saved = static_cast<float*>(saved_.data());
   args.chunk_max = static_cast<uint32_t*>(chunk_max_.data());
   args.chunk_mass = static_cast<uint64_t*>(chunk_mass_.data());
+  args.model_mass = static_cast<uint64_t*>(model_mass_.data());
   args.best = static_cast<uint64_t*>(best_.data());
   args.num_done = static_cast<uint32_t*>(num_done_.data());
   args.tokens = static_cast<int32_t*>(tokens_.data());
@@ -239,15 +242,15 @@ void SampleBackendImpl::Pack(const SampleParams& params, const CallSize& size) {
       std::memcpy(masks + mask, row.allowed, size.mask_words() * sizeof(uint32_t));
       mask += static_cast<int64_t>(size.mask_words());
     }
+    task.changed = task.mask >= 0 || entry > task.first_entry;
     *tasks++ = task;
   }
   CheckTokens({entries, static_cast<size_t>(entry)}, vocab_size);
 }
 
-// The model's probabilities, after a row's own logits are back.
-void SampleBackendImpl::LaunchLogprobPasses(const SampleArgs& args) const {
-  LaunchChunkMaxima(args, SamplePass::kLogprobs, context_.num_sms, context_.stream);
-  LaunchChunkMasses(args, SamplePass::kLogprobs, context_.num_sms, context_.stream);
+// The model's probabilities; changed rows have their own logits back.
+void SampleBackendImpl::LaunchLogprobPasses(const SampleArgs& args, bool any_changed) const {
+  if (any_changed) LaunchScan(args, SamplePass::kLogprobs, context_.num_sms, context_.stream);
   LaunchLogprobs(args, context_.stream);
 }
 
@@ -292,14 +295,14 @@ void SampleBackendImpl::Sample(const SampleParams& params) {
           any([](const SampleRow& row) { return row.repetition_penalty != 1.0f; });
       LaunchPenalties(args, any_repetition, context_.stream);
     }
-    LaunchChunkMaxima(args, SamplePass::kDraw, context_.num_sms, context_.stream);
-    const std::span<const SampleTask> tasks(Staged<SampleTask>(0), size.num_rows);
-    if (std::any_of(tasks.begin(), tasks.end(),
-                    [](const SampleTask& task) { return task.draws_from_total; })) {
-      LaunchChunkMasses(args, SamplePass::kDraw, context_.num_sms, context_.stream);
-    }
+    LaunchScan(args, SamplePass::kDraw, context_.num_sms, context_.stream);
     LaunchDraw(args, context_.stream);
-    if (any([](const SampleRow& row) { return row.num_logprobs >= 0; })) LaunchLogprobPasses(args);
+    if (any([](const SampleRow& row) { return row.num_logprobs >= 0; })) {
+      const std::span<const SampleTask> tasks(Staged<SampleTask>(0), size.num_rows);
+      LaunchLogprobPasses(args, std::any_of(tasks.begin(), tasks.end(), [](const SampleTask& task) {
+                            return task.changed && task.num_logprobs >= 0;
+                          }));
+    }
   } else {
     LaunchGreedy(args, context_.num_sms, context_.stream);
   }
@@ -330,6 +333,7 @@ void SampleBackendImpl::Score(const ScoreParams& params) {
   for (size_t i = 0; i < size.num_rows; ++i) {
     tasks[i] = {};
     tasks[i].num_logprobs = num_logprobs;
+    tasks[i].changed = true;  // no draw has scanned it
     tasks[i].first_top = static_cast<int64_t>(i) * num_logprobs;
   }
   std::copy(params.tokens.begin(), params.tokens.end(), Staged<int32_t>(size.entries_at()));
@@ -337,7 +341,7 @@ void SampleBackendImpl::Score(const ScoreParams& params) {
   SampleArgs args = ArgsOf(params.logits, size);
   args.tokens =
       reinterpret_cast<int32_t*>(static_cast<std::byte*>(staged_.data()) + size.entries_at());
-  LaunchLogprobPasses(args);
+  LaunchLogprobPasses(args, true);
   Synchronize();
   for (size_t i = 0; i < size.num_rows; ++i) {
     SampleResult& result = params.results[i];

@@ -13,6 +13,7 @@
 namespace gloam::cuda {
 
 // Vocabulary entries that share one maximum and one mass: what a warp loads with 16 bytes per lane.
+// A chunk's mass is first taken relative to its own maximum, so that one pass gives both.
 inline constexpr int kSampleChunk = 128;
 inline constexpr double kWeightUnit = 0x1p-44;
 
@@ -38,6 +39,7 @@ struct SampleTask {
   int64_t mask;         // first word in SampleArgs::masks; -1: all are allowed
   bool greedy;
   bool draws_from_total;  // needs the mass of the whole vocabulary
+  bool changed;           // has a mask or lists: what it draws from is not what the model gave
 };
 
 struct SampleTop {
@@ -67,7 +69,8 @@ struct SampleArgs {
   const uint32_t* masks;
   float* saved;             // as long as list_tokens: the model's logits of those tokens
   uint32_t* chunk_max;      // [num_rows, num_chunks] KeyOf the largest logit
-  uint64_t* chunk_mass;     // [num_rows, num_chunks]
+  uint64_t* chunk_mass;     // [num_rows, num_chunks] at the row's temperature
+  uint64_t* model_mass;     // [num_rows, num_chunks] at temperature 1, for log-probabilities
   uint64_t* best;           // [num_rows] zero between calls
   uint32_t* num_done;       // [num_rows] zero between calls
   int32_t* tokens;          // [num_rows] the drawn (or given) tokens, device
@@ -75,8 +78,8 @@ struct SampleArgs {
   SampleTop* top;           // pinned
 };
 
-// Whose logits a pass reads: the rows that draw, penalised and masked; or the rows that want
-// log-probabilities, as the model gave them.
+// What a pass over the logits is for: the draw, with the model's masses of rows that are not
+// changed; or log-probabilities of changed rows that want them, after the draw.
 enum class SamplePass : uint8_t { kDraw, kLogprobs };
 
 // Fills tokens and outcomes[].token with the largest logits; needs no tasks.
@@ -84,12 +87,11 @@ void LaunchGreedy(const SampleArgs& args, int num_sms, cudaStream_t stream);
 
 // Applies banned tokens, bias and penalties to the logits.
 void LaunchPenalties(const SampleArgs& args, bool any_repetition, cudaStream_t stream);
-void LaunchChunkMaxima(const SampleArgs& args, SamplePass pass, int num_sms, cudaStream_t stream);
-// Needs the maxima.
-void LaunchChunkMasses(const SampleArgs& args, SamplePass pass, int num_sms, cudaStream_t stream);
+// Fills chunk_max, chunk_mass and model_mass as far as the rows need them.
+void LaunchScan(const SampleArgs& args, SamplePass pass, int num_sms, cudaStream_t stream);
 // Fills tokens and outcomes[].token, and gives rows with log-probabilities their own logits back.
 void LaunchDraw(const SampleArgs& args, cudaStream_t stream);
-// Fills the rest of outcomes, and top in any order. Needs maxima and masses of kLogprobs.
+// Fills the rest of outcomes, and top in any order.
 void LaunchLogprobs(const SampleArgs& args, cudaStream_t stream);
 
 }  // namespace gloam::cuda

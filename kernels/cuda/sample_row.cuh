@@ -190,6 +190,7 @@ __device__ __forceinline__ uint32_t BlockMax(BlockMemory& memory, uint32_t x) {
                            Lane() < NumWarps() ? static_cast<uint32_t>(memory.sums[Lane()]) : 0);
 }
 
+// The key of the row's largest logit.
 __device__ __forceinline__ uint32_t RowMaxKey(BlockMemory& memory, const Row& row) {
   uint32_t max = 0;
   for (int i = static_cast<int>(threadIdx.x); i < row.num_chunks; i += blockDim.x) {

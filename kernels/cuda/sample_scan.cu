@@ -1,6 +1,7 @@
 // Sampling's passes over whole rows (4 bytes per entry of the vocabulary): the largest logit,
 // penalties, and the maxima and masses of chunks of 128 entries, which spare the draw
 // (sample_draw.cu) most of the vocabulary.
+#include <cfloat>
 #include <climits>
 
 #include "kernels/cuda/launch.cuh"
@@ -18,10 +19,19 @@ struct Best {
   uint32_t token;
 };
 
-__device__ __forceinline__ void Take(Best& best, float logit, int token) {
-  const uint32_t key = KeyOf(Clean(logit));
-  if (key > best.key) best = {key, static_cast<uint32_t>(token)};
-}
+// The first of the largest logits that a thread has seen.
+struct Largest {
+  float logit = -INFINITY;
+  uint32_t token = UINT_MAX;  // while all were -infinity
+
+  __device__ __forceinline__ void Take(float x, int at) {
+    const float clean = x > FLT_MAX ? FLT_MAX : x;
+    if (clean > logit) {  // never for NaN
+      logit = clean;
+      token = at;
+    }
+  }
+};
 
 // The larger key, the lower token among equals.
 __device__ __forceinline__ Best WarpBest(Best best) {
@@ -39,26 +49,27 @@ __global__ void __launch_bounds__(kScanThreads) GreedyKernel(SampleArgs args) {
   const int part = (args.vocab_size + num_parts * 4 - 1) / (num_parts * 4) * 4;
   const int begin = static_cast<int>(blockIdx.x) * part;
   const int end = min(begin + part, args.vocab_size);
-  Best best = {0, UINT_MAX};
+  Largest largest;
   if (args.by_four) {
     const int end_of_fours = begin < end ? begin + (end - begin) / 4 * 4 : begin;
 #pragma unroll 4
     for (int i = begin + 4 * static_cast<int>(threadIdx.x); i < end_of_fours;
          i += 4 * kScanThreads) {
       const float4 v = *reinterpret_cast<const float4*>(logits + i);
-      Take(best, v.x, i);
-      Take(best, v.y, i + 1);
-      Take(best, v.z, i + 2);
-      Take(best, v.w, i + 3);
+      largest.Take(v.x, i);
+      largest.Take(v.y, i + 1);
+      largest.Take(v.z, i + 2);
+      largest.Take(v.w, i + 3);
     }
     const int last = end_of_fours + static_cast<int>(threadIdx.x);
-    if (last < end) Take(best, logits[last], last);
+    if (last < end) largest.Take(logits[last], last);
   } else {
 #pragma unroll 4
     for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kScanThreads) {
-      Take(best, logits[i], i);
+      largest.Take(logits[i], i);
     }
   }
+  Best best = {KeyOf(Clean(largest.logit)), largest.token};
   __shared__ Best bests[kScanThreads / kWarpThreads];
   best = WarpBest(best);
   if (Lane() == 0) bests[Warp()] = best;
@@ -74,7 +85,8 @@ __global__ void __launch_bounds__(kScanThreads) GreedyKernel(SampleArgs args) {
     packed = atomicExch(reinterpret_cast<unsigned long long*>(args.best + row), 0ull);
     args.num_done[row] = 0;
   }
-  const int32_t token = static_cast<int32_t>(UINT_MAX - static_cast<uint32_t>(packed));
+  const uint32_t first = UINT_MAX - static_cast<uint32_t>(packed);
+  const int32_t token = first == UINT_MAX ? 0 : static_cast<int32_t>(first);
   args.tokens[row] = token;
   args.outcomes[row].token = token;
 }
@@ -143,83 +155,73 @@ __global__ void __launch_bounds__(kRowThreads) PenaltiesKernel(SampleArgs args) 
 
 // ---- maxima and masses of chunks
 
-struct PassRow {
-  bool wanted;
-  int64_t mask;
-  float inverse_temperature;
+struct ChunkWork {
+  bool maxima = false;
+  bool mass = false;        // at the row's temperature
+  bool model_mass = false;  // at temperature 1
+  int64_t mask = -1;
 };
 
-__device__ __forceinline__ PassRow PassRowOf(const SampleTask& task, SamplePass pass) {
-  if (pass == SamplePass::kLogprobs) return {task.num_logprobs >= 0, -1, 1.0f};
-  return {true, task.mask, task.inverse_temperature};
+__device__ __forceinline__ ChunkWork WorkOf(const SampleTask& task, SamplePass pass) {
+  const bool logprobs = task.num_logprobs >= 0;
+  if (pass == SamplePass::kDraw) {
+    return {true, task.draws_from_total, logprobs && !task.changed, task.mask};
+  }
+  return {logprobs && task.changed, false, logprobs && task.changed, -1};
 }
 
-// This thread block's chunks: [begin, end).
-struct ChunkRange {
-  int begin;
-  int end;
-};
-
-__device__ __forceinline__ ChunkRange RangeOf(int num_chunks) {
-  const int per_block =
-      (num_chunks + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
-  const int begin = static_cast<int>(blockIdx.x) * per_block;
-  return {begin, min(begin + per_block, num_chunks)};
+__device__ __forceinline__ uint64_t ChunkMass(const Four& four, const Weigher& weigher) {
+  uint64_t mass = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) mass += weigher.Mass(four.x[i]);
+  return WarpSum64(mass);
 }
 
 // grid: [parts of the vocabulary, rows]
-__global__ void __launch_bounds__(kScanThreads)
-    ChunkMaximaKernel(SampleArgs args, SamplePass pass) {
-  AllowNextKernel();
-  WaitForEarlierKernels();
-  const int64_t index = blockIdx.y;
-  const PassRow pass_row = PassRowOf(args.tasks[index], pass);
-  if (!pass_row.wanted) return;
-  const Row row = RowOf(args, index, pass_row.mask);
-  uint32_t* chunk_max = args.chunk_max + index * args.num_chunks;
-  const ChunkRange range = RangeOf(args.num_chunks);
-  ForChunks(row, range.begin, range.end, 0, [&](int chunk, const Four& four) {
-    uint32_t key =
-        umax(umax(KeyOf(four.x[0]), KeyOf(four.x[1])), umax(KeyOf(four.x[2]), KeyOf(four.x[3])));
-    key = __reduce_max_sync(kAllLanes, key);
-    if (Lane() == 0) chunk_max[chunk] = key;
-  });
-}
-
-// grid: [parts of the vocabulary, rows]
-__global__ void __launch_bounds__(kScanThreads)
-    ChunkMassesKernel(SampleArgs args, SamplePass pass) {
-  __shared__ BlockMemory memory;
+__global__ void __launch_bounds__(kScanThreads) ScanKernel(SampleArgs args, SamplePass pass) {
   AllowNextKernel();
   WaitForEarlierKernels();
   const int64_t index = blockIdx.y;
   const SampleTask& task = args.tasks[index];
-  const PassRow pass_row = PassRowOf(task, pass);
-  if (!pass_row.wanted || (pass == SamplePass::kDraw && !task.draws_from_total)) return;
-  const Row row = RowOf(args, index, pass_row.mask);
-  const Weigher weigher = {LogitOf(RowMaxKey(memory, row)), pass_row.inverse_temperature};
-  const ChunkRange range = RangeOf(args.num_chunks);
-  ForChunks(row, range.begin, range.end, 0, [&](int chunk, const Four& four) {
-    uint64_t mass = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) mass += weigher.Mass(four.x[i]);
-    mass = WarpSum64(mass);
-    if (Lane() == 0) row.chunk_mass[chunk] = mass;
+  const ChunkWork work = WorkOf(task, pass);
+  if (!work.maxima) return;
+  const Row row = RowOf(args, index, work.mask);
+  uint32_t* chunk_max = args.chunk_max + index * args.num_chunks;
+  uint64_t* model_mass = args.model_mass + index * args.num_chunks;
+  const float inverse_temperature = task.inverse_temperature;
+  const int num_parts = static_cast<int>(gridDim.x);
+  const int per_block = (args.num_chunks + num_parts - 1) / num_parts;
+  const int begin = static_cast<int>(blockIdx.x) * per_block;
+  const int end = min(begin + per_block, args.num_chunks);
+  ForChunks(row, begin, end, 0, [&](int chunk, const Four& four) {
+    uint32_t key =
+        umax(umax(KeyOf(four.x[0]), KeyOf(four.x[1])), umax(KeyOf(four.x[2]), KeyOf(four.x[3])));
+    key = __reduce_max_sync(kAllLanes, key);
+    if (Lane() == 0) chunk_max[chunk] = key;
+    const float max = LogitOf(key);
+    if (work.mass) {
+      const uint64_t mass = ChunkMass(four, {max, inverse_temperature});
+      if (Lane() == 0) row.chunk_mass[chunk] = mass;
+    }
+    if (work.model_mass) {
+      const uint64_t mass = ChunkMass(four, {max, 1.0f});
+      if (Lane() == 0) model_mass[chunk] = mass;
+    }
   });
 }
 
-// Thread blocks that share a row: enough to fill the GPU, as long as each has `least` entries.
-unsigned NumParts(const SampleArgs& args, int num_sms, int least) {
-  constexpr int kBlocksPerSm = 4;
-  const int wanted = (kBlocksPerSm * num_sms + args.num_rows - 1) / args.num_rows;
-  const int most = (args.vocab_size + least - 1) / least;
-  return static_cast<unsigned>(wanted < most ? wanted : most);
+// Thread blocks that share a row: enough to fill the GPU, as long as each has 1024 entries.
+unsigned NumParts(const SampleArgs& args, int num_sms) {
+  constexpr int kBlocksPerSm = 6;
+  const int wanted = kBlocksPerSm * num_sms / args.num_rows;
+  const int most = (args.vocab_size + 4 * kScanThreads - 1) / (4 * kScanThreads);
+  return static_cast<unsigned>(wanted < 1 ? 1 : wanted < most ? wanted : most);
 }
 
 }  // namespace
 
 void LaunchGreedy(const SampleArgs& args, int num_sms, cudaStream_t stream) {
-  const dim3 grid(NumParts(args, num_sms, 4 * kScanThreads), args.num_rows);
+  const dim3 grid(NumParts(args, num_sms), args.num_rows);
   LaunchKernel(GreedyKernel, {grid, kScanThreads}, stream, args);
 }
 
@@ -233,14 +235,9 @@ void LaunchPenalties(const SampleArgs& args, bool any_repetition, cudaStream_t s
   LaunchKernel(PenaltiesKernel, {args.num_rows, kRowThreads, shared_bytes}, stream, args);
 }
 
-void LaunchChunkMaxima(const SampleArgs& args, SamplePass pass, int num_sms, cudaStream_t stream) {
-  const dim3 grid(NumParts(args, num_sms, 4 * kScanThreads), args.num_rows);
-  LaunchKernel(ChunkMaximaKernel, {grid, kScanThreads}, stream, args, pass);
-}
-
-void LaunchChunkMasses(const SampleArgs& args, SamplePass pass, int num_sms, cudaStream_t stream) {
-  const dim3 grid(NumParts(args, num_sms, 4 * kScanThreads), args.num_rows);
-  LaunchKernel(ChunkMassesKernel, {grid, kScanThreads}, stream, args, pass);
+void LaunchScan(const SampleArgs& args, SamplePass pass, int num_sms, cudaStream_t stream) {
+  const dim3 grid(NumParts(args, num_sms), args.num_rows);
+  LaunchKernel(ScanKernel, {grid, kScanThreads}, stream, args, pass);
 }
 
 }  // namespace gloam::cuda

@@ -45,11 +45,14 @@ class DeviceArray {
   explicit DeviceArray(int64_t size)
       : size_(size), buffer_(AllocateDevice(size * sizeof(T)).value()) {
     GLOAM_CUDA_CHECK(cudaMemset(buffer_.data(), 0xFF, size * sizeof(T)));
+    // Streams of contexts do not wait for the default stream.
+    GLOAM_CUDA_CHECK(cudaDeviceSynchronize());
   }
   explicit DeviceArray(std::span<const T> values)
       : DeviceArray(static_cast<int64_t>(values.size())) {
     GLOAM_CUDA_CHECK(
         cudaMemcpy(data(), values.data(), values.size_bytes(), cudaMemcpyHostToDevice));
+    GLOAM_CUDA_CHECK(cudaDeviceSynchronize());  // it returns before the copy is complete
   }
   explicit DeviceArray(const std::vector<T>& values) : DeviceArray(std::span<const T>(values)) {}
 

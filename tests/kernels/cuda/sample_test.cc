@@ -82,6 +82,7 @@ struct Gpu {
     DeviceArray<float> device(static_cast<int64_t>(batch.logits.size()) + misalign);
     GLOAM_CUDA_CHECK(cudaMemcpy(device.data() + misalign, batch.logits.data(),
                                 batch.logits.size() * sizeof(float), cudaMemcpyHostToDevice));
+    GLOAM_CUDA_CHECK(cudaDeviceSynchronize());
     std::vector<SampleResult> results(batch.rows.size());
     backend->Sample({.logits = batch.View(device.data() + misalign, Device::kCuda),
                      .rows = batch.rows,
@@ -341,7 +342,7 @@ SampleRow RandomRow(std::mt19937& rng) {
   row.temperature = OneOf<float>(rng, {0, 0.01f, 0.3f, 0.7f, 1, 1, 1.3f, 2, 50, 1e30f, 1e-30f});
   row.top_k = OneOf<int>(rng, {0, 0, 0, 1, 2, 7, 50, 300, 2000, 1 << 20});
   row.top_p = OneOf<float>(rng, {1, 1, 1, 0.99f, 0.95f, 0.9f, 0.5f, 0.1f, 0, 0.9999999f});
-  row.min_p = OneOf<float>(rng, {0, 0, 0, 0.001f, 0.05f, 0.5f, 1, 1.5f});
+  row.min_p = OneOf<float>(rng, {0, 0, 0, 0.001f, 0.05f, 0.5f, 1});
   row.seed = rng() | uint64_t{rng()} << 32;
   row.draw_index = rng() % 3 == 0 ? rng() : rng() % 100;
   row.num_logprobs = OneOf<int>(rng, {-1, -1, -1, 0, 1, 5, 20, 300});
