@@ -117,4 +117,6 @@ def test_each_selector_among_64_answers_as_it_does_alone(sparse_server, stubs):
                 request: answer.result() for request, answer in zip(requests, together)
             } == alone
     # Policies are not all one: on some prompt they answer differently.
-    assert len(set(alone.values())) > NUM_PROMPTS
+    assert any(
+        len({alone[name, number] for name in policies}) > 1 for number in range(NUM_PROMPTS)
+    )
