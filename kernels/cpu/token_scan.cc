@@ -20,9 +20,9 @@ namespace gloam::cpu {
 // The order of floats as integers: negative ones have their magnitude inverted. Its own inverse.
 inline int32_t OrderBits(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
-// A key in (min, max] that splits the keys between them: the middle of the values or, when that has
-// just been tried, of their bits. The first is good for logits, the second bounds the number of
-// splits whatever the values are.
+// A key in (min, max] that splits the keys between them: the middle of the values, or of their bits.
+// The first suits logits, the second weights, which span many powers of two; the second also bounds
+// the number of splits whatever the values are.
 inline int32_t PivotOf(int32_t min, int32_t max, bool by_value) {
   if (by_value) {
     const float low = std::bit_cast<float>(OrderBits(min));
@@ -33,6 +33,20 @@ inline int32_t PivotOf(int32_t min, int32_t max, bool by_value) {
   const int64_t distance = int64_t{max} - min;
   return static_cast<int32_t>(min + (distance + 1) / 2);
 }
+
+// Row m: the positions of the bits set in m, in ascending order, then zeros.
+struct SetBits {
+  int32_t rows[256][8] = {};
+  constexpr SetBits() {
+    for (int m = 0; m < 256; ++m) {
+      int count = 0;
+      for (int bit = 0; bit < 8; ++bit) {
+        if ((m >> bit & 1) != 0) rows[m][count++] = bit;
+      }
+    }
+  }
+};
+alignas(64) inline constexpr SetBits kSetBits;
 
 }  // namespace gloam::cpu
 #endif  // GLOAM_TOKEN_SCAN_ONCE
@@ -61,6 +75,21 @@ inline uint32_t BitsOf(MI lanes) {
   uint8_t bytes[8] = {};
   hn::StoreMaskBits(DI(), lanes, bytes);
   return bytes[0] | uint32_t{bytes[1]} << 8;
+}
+
+// Writes the values of `lanes` to `to`, where a whole vector has room; returns their number.
+inline int64_t StoreCompressed(VI values, MI lanes, int32_t* to) {
+  const DI di;
+  if constexpr (kLanes == 4 || kLanes == 8) {
+    // Not Compress: with Highway 1.0.3, GCC 12 copies its table onto the stack at every call.
+    const uint32_t bits = BitsOf(lanes);
+    const auto order = hn::IndicesFromVec(di, hn::LoadU(di, kSetBits.rows[bits]));
+    hn::StoreU(hn::TableLookupLanes(values, order), di, to);
+    return std::popcount(bits);
+  } else {
+    hn::StoreU(hn::Compress(values, lanes), di, to);
+    return static_cast<int64_t>(hn::CountTrue(di, lanes));
+  }
 }
 
 // Calls f(index of the first lane's token, lanes that count) for each vector with a token.
@@ -184,8 +213,7 @@ KeyRange GatherKeysFromTarget(const float* values, int32_t lowest, const TokenMa
     const MI wanted = hn::AndNot(hn::Lt(key, limit), lanes);
     min = hn::IfThenElse(wanted, hn::Min(min, key), min);
     max = hn::IfThenElse(wanted, hn::Max(max, key), max);
-    hn::StoreU(hn::Compress(key, wanted), di, keys + range.count);
-    range.count += static_cast<int64_t>(hn::CountTrue(di, wanted));
+    range.count += StoreCompressed(key, wanted, keys + range.count);
   });
   range.min = hn::GetLane(hn::MinOfLanes(di, min));
   range.max = hn::GetLane(hn::MaxOfLanes(di, max));
@@ -229,10 +257,8 @@ Split SplitKeys(int32_t* keys, int32_t* HWY_RESTRICT above, int64_t count, int32
       // Keys of values that are not negative are their bits.
       sum.Add(hn::IfThenElseZero(hn::RebindMask(d, high), hn::BitCast(d, key)));
     }
-    hn::StoreU(hn::Compress(key, high), di, above + split.num_above);
-    hn::StoreU(hn::Compress(key, low), di, keys + split.num_below);
-    split.num_above += static_cast<int64_t>(hn::CountTrue(di, high));
-    split.num_below += static_cast<int64_t>(hn::CountTrue(di, low));
+    split.num_above += StoreCompressed(key, high, above + split.num_above);
+    split.num_below += StoreCompressed(key, low, keys + split.num_below);
   }
   split.min_above = hn::GetLane(hn::MinOfLanes(di, min));
   split.max_below = hn::GetLane(hn::MaxOfLanes(di, max));
@@ -245,8 +271,10 @@ Split SplitKeys(int32_t* keys, int32_t* HWY_RESTRICT above, int64_t count, int32
 template <bool kMass>
 Cut FindCut(int32_t* keys, int32_t* spare, KeyRange range, double wanted) {
   Cut cut;
-  for (bool by_value = true; range.min < range.max; by_value = !by_value) {
+  bool by_value = !kMass;
+  while (range.min < range.max) {
     const int32_t pivot = PivotOf(range.min, range.max, by_value);
+    const int64_t before = range.count;
     const Split split = SplitKeys<kMass>(keys, spare, range.count, pivot);
     if (cut.above + split.measure_above >= wanted) {
       std::swap(keys, spare);
@@ -257,6 +285,7 @@ Cut FindCut(int32_t* keys, int32_t* spare, KeyRange range, double wanted) {
       range.count = split.num_below;
       range.max = split.max_below;
     }
+    if (4 * range.count > 3 * before) by_value = !by_value;
   }
   cut.key = range.min;
   return cut;

@@ -55,8 +55,8 @@ struct Cut {
   double above = 0;  // the count, or the sum, of keys > key
 };
 // The largest of the gathered keys for which `count` keys are >= it. 0 < count <= keys.count.
-// Clobbers the buffers. Passes over what is undecided, at most 64 times; what is undecided is
-// halved or better in all but a few of them.
+// Clobbers the buffers. Passes over what is undecided, at most 96 times: each leaves three quarters
+// of it or less, or the next one halves the range of the keys.
 Cut CutByCount(KeyBuffers& buffers, const KeyRange& keys, int64_t count);
 // The largest of the gathered keys for which the values >= it sum to `mass`; the smallest where all
 // of them do not reach it. Values are not negative; 0 < keys.count.

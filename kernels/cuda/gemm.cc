@@ -19,9 +19,6 @@ namespace {
 constexpr int64_t kMaxStreamedBF16 = 16;
 constexpr int64_t kMaxStreamedPacked = 96;  // for cuBLASLt, weights are dequantised each time
 
-// Shared memory of an SM that half of it leaves to the small kernels between two products.
-constexpr int kSharedForOthers = 8 << 10;
-
 // Rows of a quantised weight are dequantised this many bytes at a time.
 constexpr size_t kScratchBytes = 64 << 20;
 
@@ -69,7 +66,6 @@ class CudaGemm final : public GemmBackend {
   explicit CudaGemm(const DeviceContext& context)
       : context_(context),
         stream_device_({.num_sms = context.num_sms,
-                        .block_shared_bytes = context.max_shared_bytes / 2 - kSharedForOthers,
                         .max_shared_bytes = context.max_shared_bytes,
                         .stream = context.stream}) {}
 

@@ -51,16 +51,15 @@ __device__ __forceinline__ void UnpackRun(const char* stage, int run, int lane,
   }
 }
 
-template <int kNumUnits>
 struct FP8Format {
-  static constexpr int kWarps = 4;
-  static constexpr int kUnits = kNumUnits;
+  static constexpr int kWarps = 8;
+  static constexpr int kMaxUnits = 4;  // of a chunk
   static constexpr int kColumns = kStageColumns;
   static constexpr int kUnitBytes = kStageBytes;
   static constexpr bool kHasRowScales = true;
 
   struct Source {
-    const char* data = nullptr;  // the unit's first stage, or null
+    const char* data = nullptr;  // the chunk's first stage
   };
 
   static __device__ __forceinline__ Source FindSource(const GemmSegment& segment, int unit, int k,
@@ -68,22 +67,18 @@ struct FP8Format {
     return {static_cast<const char*>(segment.weight) + unit * NumStages(k) * kUnitBytes};
   }
 
-  static __device__ __forceinline__ void Request(const Source& source, char* to, int stage, int,
-                                                 int lane) {
-    if (source.data == nullptr) return;  // what the ring holds multiplies into unused sums
-    const char* data = source.data + int64_t{stage} * kUnitBytes + 16 * lane;
+  // Unit `unit` of the chunk.
+  static __device__ __forceinline__ void Request(const Source& source, int unit, char* to,
+                                                 int stage, int k, int lane) {
+    const char* data = source.data + (unit * NumStages(k) + stage) * kUnitBytes + 16 * lane;
     const uint32_t address = SharedAddress(to) + 16 * lane;
 #pragma unroll
     for (int i = 0; i < kUnitBytes / 512; ++i) CopyAsync16(address + 512 * i, data + 512 * i, true);
   }
 
-  static __device__ __forceinline__ void Prefetch(const Source& source, int stage, int, int lane) {
-    if (source.data == nullptr || 128 * lane >= kUnitBytes) return;
-    PrefetchLine(source.data + int64_t{stage} * kUnitBytes + 128 * lane);
-  }
-
-  template <int kTiles>
-  static __device__ __forceinline__ void Multiply(const char* units, const char* x, int m, int lane,
+  template <int kTiles, int kUnits>
+  static __device__ __forceinline__ void Multiply(const char* units, int num_units, const char* x,
+                                                  int m, int lane,
                                                   float (&acc)[kUnits][kTiles][4]) {
     const int g = lane / 4;
 #pragma unroll
@@ -96,13 +91,17 @@ struct FP8Format {
                                                16 * SwizzledChunk(row, 4 * run + lane % 4));
       }
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        uint32_t a[2][4];
-        UnpackRun(units + u * kUnitBytes, run, lane, a);
+      for (int first = 0; first < kUnits; first += 2) {
+        if (first >= num_units) break;
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          MultiplyAdd(acc[u][n], a[0][0], a[1][0], a[0][1], a[1][1], b[n].x, b[n].y);
-          MultiplyAdd(acc[u][n], a[0][2], a[1][2], a[0][3], a[1][3], b[n].z, b[n].w);
+        for (int u = first; u < first + 2; ++u) {
+          uint32_t a[2][4];
+          UnpackRun(units + (u < num_units ? u : first) * kUnitBytes, run, lane, a);
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            MultiplyAdd(acc[u][n], a[0][0], a[1][0], a[0][1], a[1][1], b[n].x, b[n].y);
+            MultiplyAdd(acc[u][n], a[0][2], a[1][2], a[0][3], a[1][3], b[n].z, b[n].w);
+          }
         }
       }
     }
@@ -226,8 +225,8 @@ __global__ void EmbedKernel(const char* stages, const float* row_scales, int num
 }  // namespace
 
 void StreamGemmFP8(const StreamGemmParams& params, const StreamGemmDevice& device) {
-  if (params.m > kMaxStreamedRows) return TileGemm<FP8Format<4>, 4>(params, device);
-  StreamGemm<FP8Format<2>, 2>(params, device);
+  if (params.m > kMaxStreamedRows) return TileGemm<FP8Format, 4>(params, device);
+  StreamGemm<FP8Format, 2>(params, device);
 }
 
 int64_t FP8Bytes(int64_t rows, int64_t cols) {

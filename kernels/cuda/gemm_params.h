@@ -55,11 +55,7 @@ inline constexpr int kUnitRows = 16;
 
 struct StreamGemmDevice {
   int num_sms = 0;
-  // Of a block: what it should take, so that the next product's block can wait beside it on the
-  // same SM with its first weights on their way, and the most.
-  int block_shared_bytes = 0;
-  int max_shared_bytes = 0;
-  int prefetch_bytes = 0;  // of W, to L2, after what shared memory takes, while the block waits
+  int max_shared_bytes = 0;  // of a block
   cudaStream_t stream = nullptr;
 };
 

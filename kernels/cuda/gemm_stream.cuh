@@ -1,155 +1,89 @@
 // The streaming product: y = x W^T for few rows of x, limited by reading W once from memory.
 //
-// A thread block owns a contiguous range of units (16 rows of W) and walks it in chunks of
-// Format::kUnits. Its warps split the columns: warp w takes stages w, w + kWarps, ... of every
-// chunk. Each warp keeps a ring of stages of its own in shared memory, filled by asynchronous
-// copies that run ahead over the chunks' borders, so that reading never pauses; no barrier is
-// needed but the two around a chunk's reduction. Tensor cores multiply with W as the 16-row operand
-// and eight rows of x as the other. The first stages of W are requested before the earlier kernel
-// has finished: weights never change.
+// A thread block owns a contiguous range of units (16 rows of W) and walks it in chunks of up to
+// kUnits. Its warps split the columns: warp w takes stages w, w + kWarps, ... of every chunk. Each
+// warp keeps a ring of stages of its own in shared memory, filled by asynchronous copies that run
+// ahead over the chunks' borders, so that reading never pauses; no barrier is needed but those of a
+// chunk's reduction. Tensor cores multiply with W as the 16-row operand and eight rows of x as the
+// other. The first stages of W are requested before the earlier kernel has finished: weights never
+// change.
 //
 // Order of summation: within a warp by columns, then warps 0, 1, ...: it depends on the number of
 // columns and the format, never on the rows of x or of W.
 //
-// Bytes: those of W, plus m * k * 2 / (16 * kUnits * k * bytes of a weight) as much of x from L2.
+// Bytes: those of W; of x, from L2, m * k * 2 for every chunk of every block.
 #pragma once
 
-#include <cuda_bf16.h>
-
-#include <cstdint>
-
-#include "kernels/cuda/gemm_params.h"
+#include "kernels/cuda/gemm_common.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace gloam::cuda {
 
-__device__ __forceinline__ uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+// How a launch cuts W and its shared memory.
+struct StreamShape {
+  int units_per_block = 0;
+  int chunk_units = 0;  // at most
+  int num_stages = 0;   // of a warp's ring, 2..kMaxStages
+  int stage_bytes = 0;  // chunk_units of W, then the rows of x
+};
 
-// 16 bytes; zeros where `valid` is false, and then `source` is not read.
-__device__ __forceinline__ void CopyAsync16(uint32_t to, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(source),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-// Brings a line of 128 bytes to L2.
-__device__ __forceinline__ void PrefetchLine(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
-}
-
-__device__ __forceinline__ void CommitCopies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int kPending>
-__device__ __forceinline__ void WaitForCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// All but the latest `pending` groups have arrived.
-__device__ __forceinline__ void WaitForCopies(int pending) {
-  switch (pending) {
-    case 0:
-      return WaitForCopies<0>();
-    case 1:
-      return WaitForCopies<1>();
-    case 2:
-      return WaitForCopies<2>();
-    case 3:
-      return WaitForCopies<3>();
-    case 4:
-      return WaitForCopies<4>();
-    case 5:
-      return WaitForCopies<5>();
-    default:
-      return WaitForCopies<6>();
-  }
-}
-inline constexpr int kMaxStages = 8;
-
-// c += a b: a is 16 rows of W by 16 columns, b 16 columns by 8 rows of x.
-__device__ __forceinline__ void MultiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                            uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// Rows of x (and of bf16 W) lie in shared memory with the halves of each 128 bytes exchanged in odd
-// rows: the 16-byte reads of two rows by eight lanes then use every bank once.
-__device__ __forceinline__ int SwizzledChunk(int row, int chunk) { return chunk ^ (row & 1) << 2; }
-
-__device__ __forceinline__ int SegmentOf(const StreamGemmParams& params, int unit) {
-  int segment = 0;
-  while (segment + 1 < params.num_segments && unit >= params.segments[segment + 1].first_unit) {
-    ++segment;
-  }
-  return segment;
+// Units of the chunk that begins at `unit`: chunks end with a segment.
+__device__ __forceinline__ int ChunkUnits(const StreamGemmParams& params, int unit, int end_unit,
+                                          int chunk_units) {
+  const int next = SegmentOf(params, unit) + 1;
+  const int segment_end =
+      next < params.num_segments ? params.segments[next].first_unit : params.num_units;
+  return min(chunk_units, min(end_unit, segment_end) - unit);
 }
 
 // What a warp has still to request: the stages of its columns, chunk after chunk.
 template <typename Format>
 struct StageProducer {
   const StreamGemmParams& params;
+  const StreamShape& shape;
   const int end_unit;
   const int own_slices;
   const int warp;
   const int lane;
   int chunk_unit;  // first unit of the current chunk
-  int slice = 0;   // of this warp's
-  typename Format::Source sources[Format::kUnits];
+  int num_units = 0;
+  int slice = 0;  // of this warp's
+  typename Format::Source source = {};
 
-  __device__ __forceinline__ StageProducer(const StreamGemmParams& p, int first, int end, int own,
-                                           int warp_index, int lane_index)
+  __device__ __forceinline__ StageProducer(const StreamGemmParams& p, const StreamShape& s,
+                                           int first, int end, int own, int warp_index,
+                                           int lane_index)
       : params(p),
+        shape(s),
         end_unit(end),
         own_slices(own),
         warp(warp_index),
         lane(lane_index),
-        chunk_unit(first) {
-    if (own > 0) FindSources();
+        chunk_unit(own > 0 ? first : end) {
+    FindSource();
   }
 
-  __device__ __forceinline__ bool done() const { return own_slices == 0 || chunk_unit >= end_unit; }
+  __device__ __forceinline__ bool done() const { return chunk_unit >= end_unit; }
   __device__ __forceinline__ int stage() const { return warp + slice * Format::kWarps; }
 
-  __device__ __forceinline__ void FindSources() {
-#pragma unroll
-    for (int u = 0; u < Format::kUnits; ++u) {
-      const int unit = chunk_unit + u;
-      if (unit >= end_unit) {
-        sources[u] = {};
-        continue;
-      }
-      const GemmSegment& segment = params.segments[SegmentOf(params, unit)];
-      sources[u] = Format::FindSource(segment, unit - segment.first_unit, params.k, lane);
-    }
+  __device__ __forceinline__ void FindSource() {
+    if (done()) return;
+    const GemmSegment& segment = params.segments[SegmentOf(params, chunk_unit)];
+    source = Format::FindSource(segment, chunk_unit - segment.first_unit, params.k, lane);
+    num_units = ChunkUnits(params, chunk_unit, end_unit, shape.chunk_units);
   }
 
   __device__ __forceinline__ void RequestWeights(char* stage_memory) const {
-#pragma unroll
-    for (int u = 0; u < Format::kUnits; ++u) {
-      Format::Request(sources[u], stage_memory + u * Format::kUnitBytes, stage(), params.k, lane);
-    }
-  }
-
-  __device__ __forceinline__ void PrefetchWeights() const {
-#pragma unroll
-    for (int u = 0; u < Format::kUnits; ++u) {
-      Format::Prefetch(sources[u], stage(), params.k, lane);
+    for (int u = 0; u < num_units; ++u) {
+      Format::Request(source, u, stage_memory + u * Format::kUnitBytes, stage(), params.k, lane);
     }
   }
 
   __device__ __forceinline__ void Advance() {
-    if (++slice == own_slices) {
-      slice = 0;
-      chunk_unit += Format::kUnits;
-      FindSources();
-    }
+    if (++slice < own_slices) return;
+    slice = 0;
+    chunk_unit += num_units;
+    FindSource();
   }
 };
 
@@ -170,188 +104,199 @@ __device__ __forceinline__ void RequestX(const StreamGemmParams& params, char* x
   }
 }
 
+// The x of a warp's first `num_stages` stages, which does not wait in line behind the weights that
+// have been requested: the first products can begin when the first weights are there.
+template <typename Format>
+__device__ __forceinline__ void LoadFirstX(const StreamGemmParams& params, char* x_memory,
+                                           int stage_bytes, int num_stages, int own_slices,
+                                           int warp, int lane) {
+  constexpr int kChunks = Format::kColumns / 8;
+  constexpr int kInFlight = 8;
+  const int per_stage = params.m * kChunks;
+  for (int begin = lane; begin < num_stages * per_stage; begin += 32 * kInFlight) {
+    uint4 values[kInFlight];
+    char* to[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      const int i = begin + 32 * j;
+      const int stage = i / per_stage;
+      const int row = i % per_stage / kChunks;
+      const int chunk = i % kChunks;
+      const int column =
+          (warp + stage % own_slices * Format::kWarps) * Format::kColumns + 8 * chunk;
+      to[j] = stage < num_stages ? x_memory + stage * stage_bytes + row * (2 * Format::kColumns) +
+                                       16 * SwizzledChunk(row, chunk)
+                                 : nullptr;
+      values[j] = make_uint4(0, 0, 0, 0);
+      if (stage < num_stages && column < params.k) {
+        values[j] = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(params.x) +
+                                                    row * params.x_stride + column);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      if (to[j] != nullptr) *reinterpret_cast<uint4*>(to[j]) = values[j];
+    }
+  }
+}
+
+// A chunk's sums go through shared memory a few units at a time.
 template <typename Format, int kTiles>
 struct Reduction {
-  static constexpr int kRows = Format::kUnits * kUnitRows;
+  static constexpr int kUnits = 4 / kTiles;
+  static constexpr int kRows = kUnits * kUnitRows;
   static constexpr int kRowStride = kRows + 4;  // of one row of x; keeps the writes off each other
   static constexpr int kWarpFloats = 8 * kTiles * kRowStride;
   static constexpr int kBytes = Format::kWarps * kWarpFloats * 4;
 };
 
-template <typename Format, int kTiles>
-__device__ __forceinline__ void StorePartialSums(const float (&acc)[Format::kUnits][kTiles][4],
-                                                 float* warp_sums, int lane) {
+// Adds the warps' sums of `num_units` units from `unit` on and stores the results.
+template <typename Format, int kTiles, int kUnits>
+__device__ __forceinline__ void ReduceAndStore(const StreamGemmParams& params,
+                                               const float (&acc)[kUnits][kTiles][4], int unit,
+                                               int num_units, float* sums) {
   using R = Reduction<Format, kTiles>;
+  static_assert(kUnits % R::kUnits == 0);
+  const int lane = threadIdx.x % 32;
+  float* own = sums + threadIdx.x / 32 * R::kWarpFloats;
 #pragma unroll
-  for (int u = 0; u < Format::kUnits; ++u) {
+  for (int first = 0; first < kUnits; first += R::kUnits) {
+    if (first >= num_units) break;
+    __syncthreads();  // the last sums have been read
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int u = 0; u < R::kUnits; ++u) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int token = 8 * n + 2 * (lane % 4) + c % 2;
-        const int row = kUnitRows * u + lane / 4 + 8 * (c / 2);
-        warp_sums[token * R::kRowStride + row] = acc[u][n][c];
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int token = 8 * n + 2 * (lane % 4) + c % 2;
+          const int row = kUnitRows * u + lane / 4 + 8 * (c / 2);
+          own[token * R::kRowStride + row] = acc[first + u][n][c];
+        }
       }
     }
-  }
-}
-
-// What is left to do with the sum of one element: scale, bias, residual. No fused operations: the
-// kernels that share this agree to the last bit.
-template <typename Format>
-__device__ __forceinline__ void StoreOutput(const StreamGemmParams& params, int unit,
-                                            int row_in_unit, int token, float value) {
-  const GemmSegment& segment = params.segments[SegmentOf(params, unit)];
-  const int row = (unit - segment.first_unit) * kUnitRows + row_in_unit;
-  if (row >= segment.rows) return;
-  if constexpr (Format::kHasRowScales) value = __fmul_rn(value, segment.row_scales[row]);
-  if (segment.bias != nullptr) value = __fadd_rn(value, segment.bias[row]);
-  const int64_t at = token * segment.y_stride + row;
-  if (segment.y_is_bf16) {
-    auto* y = static_cast<__nv_bfloat16*>(segment.y) + at;
-    *y = __float2bfloat16(segment.accumulate ? __fadd_rn(__bfloat162float(*y), value) : value);
-  } else {
-    auto* y = static_cast<float*>(segment.y) + at;
-    *y = segment.accumulate ? __fadd_rn(*y, value) : value;
-  }
-}
-
-template <typename Format, int kTiles>
-__device__ __forceinline__ void ReduceAndStore(const StreamGemmParams& params, int chunk_unit,
-                                               int end_unit, const float* sums) {
-  using R = Reduction<Format, kTiles>;
-  for (int i = threadIdx.x; i < params.m * R::kRows; i += Format::kWarps * 32) {
-    const int token = i / R::kRows;
-    const int row = i % R::kRows;
-    const int unit = chunk_unit + row / kUnitRows;
-    if (unit >= end_unit) continue;
-    float value = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < params.m * R::kRows; i += Format::kWarps * 32) {
+      const int token = i / R::kRows;
+      const int row = i % R::kRows;
+      if (first + row / kUnitRows >= num_units) continue;
+      float value = 0;
 #pragma unroll
-    for (int w = 0; w < Format::kWarps; ++w) {
-      value += sums[w * R::kWarpFloats + token * R::kRowStride + row];
+      for (int w = 0; w < Format::kWarps; ++w) {
+        value += sums[w * R::kWarpFloats + token * R::kRowStride + row];
+      }
+      StoreOutput<Format>(params, unit + first + row / kUnitRows, row % kUnitRows, token, value);
     }
-    StoreOutput<Format>(params, unit, row % kUnitRows, token, value);
   }
 }
 
-template <typename Format, int kTiles>
+template <typename Format, int kTiles, int kUnits>
 __global__ void __launch_bounds__(Format::kWarps * 32)
-    StreamGemmKernel(const __grid_constant__ StreamGemmParams params, int units_per_block,
-                     int num_stages, int stage_bytes, int num_prefetched) {
+    StreamGemmKernel(const __grid_constant__ StreamGemmParams params,
+                     const __grid_constant__ StreamShape shape) {
   extern __shared__ __align__(128) char shared[];
   AllowNextKernel();
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int first_unit = blockIdx.x * units_per_block;
-  const int end_unit = min(first_unit + units_per_block, params.num_units);
+  const int first_unit = blockIdx.x * shape.units_per_block;
+  const int end_unit = min(first_unit + shape.units_per_block, params.num_units);
   const int num_slices = (params.k + Format::kColumns - 1) / Format::kColumns;
-  const int own_slices = (num_slices - warp + Format::kWarps - 1) / Format::kWarps;
-  char* ring = shared + warp * num_stages * stage_bytes;
-  auto* sums = reinterpret_cast<float*>(shared + Format::kWarps * num_stages * stage_bytes);
+  const int own_slices = max((num_slices - warp + Format::kWarps - 1) / Format::kWarps, 0);
+  const int x_offset = shape.chunk_units * Format::kUnitBytes;
+  char* ring = shared + warp * shape.num_stages * shape.stage_bytes;
+  auto* sums =
+      reinterpret_cast<float*>(shared + Format::kWarps * shape.num_stages * shape.stage_bytes);
 
-  StageProducer<Format> producer(params, first_unit, end_unit, max(own_slices, 0), warp, lane);
-  {
-    for (int i = 0; i < num_stages - 1 && !producer.done(); ++i) {
-      producer.RequestWeights(ring + i * stage_bytes);
+  StageProducer<Format> producer(params, shape, first_unit, end_unit, own_slices, warp, lane);
+  int num_requested = 0;
+  for (int i = 0; i < shape.num_stages - 1; ++i) {
+    if (!producer.done()) {
+      producer.RequestWeights(ring + i * shape.stage_bytes);
       producer.Advance();
-    }
-    // And to L2 what memory can deliver until the last kernel's results are there.
-    StageProducer<Format> ahead = producer;
-    for (int i = 0; i < num_prefetched && !ahead.done(); ++i) {
-      ahead.PrefetchWeights();
-      ahead.Advance();
-    }
-    WaitForEarlierKernels();
-    const int num_chunks = (end_unit - first_unit + Format::kUnits - 1) / Format::kUnits;
-    const int total = num_chunks * producer.own_slices;
-    for (int i = 0; i < min(num_stages - 1, total); ++i) {
-      RequestX<Format>(params, ring + i * stage_bytes + Format::kUnits * Format::kUnitBytes,
-                       warp + i % producer.own_slices * Format::kWarps, lane);
+      ++num_requested;
     }
     CommitCopies();
-    WaitForCopies<0>();
   }
+  WaitForEarlierKernels();
+  LoadFirstX<Format>(params, ring + x_offset, shape.stage_bytes, num_requested, own_slices, warp,
+                     lane);
 
   int slot = 0;
-  int free_slot = num_stages - 1;  // the one that was read last
-  for (int unit = first_unit; unit < end_unit; unit += Format::kUnits) {
-    float acc[Format::kUnits][kTiles][4] = {};
+  int free_slot = shape.num_stages - 1;  // the one that was read last
+  for (int unit = first_unit; unit < end_unit;) {
+    const int num_units = ChunkUnits(params, unit, end_unit, shape.chunk_units);
+    float acc[kUnits][kTiles][4] = {};
     for (int i = 0; i < own_slices; ++i) {
-      WaitForCopies(num_stages - 2);
+      WaitForCopies(shape.num_stages - 2);
       __syncwarp();
+      const char* stage = ring + slot * shape.stage_bytes;
+      Format::template Multiply<kTiles, kUnits>(stage, num_units, stage + x_offset, params.m, lane,
+                                                acc);
       if (!producer.done()) {
-        char* memory = ring + free_slot * stage_bytes;
+        char* memory = ring + free_slot * shape.stage_bytes;
         producer.RequestWeights(memory);
-        RequestX<Format>(params, memory + Format::kUnits * Format::kUnitBytes, producer.stage(),
-                         lane);
+        RequestX<Format>(params, memory + x_offset, producer.stage(), lane);
         producer.Advance();
       }
       CommitCopies();
-      const char* stage = ring + slot * stage_bytes;
-      Format::template Multiply<kTiles>(stage, stage + Format::kUnits * Format::kUnitBytes,
-                                        params.m, lane, acc);
       free_slot = slot;
-      slot = slot + 1 == num_stages ? 0 : slot + 1;
+      slot = slot + 1 == shape.num_stages ? 0 : slot + 1;
     }
-    __syncthreads();  // the last chunk's sums have been read
-    StorePartialSums<Format, kTiles>(acc, sums + warp * Reduction<Format, kTiles>::kWarpFloats,
-                                     lane);
-    __syncthreads();
-    ReduceAndStore<Format, kTiles>(params, unit, end_unit, sums);
+    ReduceAndStore<Format, kTiles, kUnits>(params, acc, unit, num_units, sums);
+    unit += num_units;
   }
 }
 
-// Bytes of a stage: kUnits of W and `m` rows of x.
-template <typename Format>
-int StageBytes(int m) {
-  return (Format::kUnits * Format::kUnitBytes + m * Format::kColumns * 2 + 127) / 128 * 128;
-}
-
-// Stages of the ring: as many as fit into the shared memory that a block is meant to have; where
-// that leaves fewer than three, into what it may have.
-template <typename Format, int kTiles>
-int NumStages(int m, const StreamGemmDevice& device) {
-  const auto fit = [&](int bytes) {
-    return (bytes - Reduction<Format, kTiles>::kBytes) / (Format::kWarps * StageBytes<Format>(m));
+// For `m` rows of x. One block takes an SM, so that the blocks spread evenly; the next product's
+// takes over each SM as soon as it is left.
+template <typename Format, int kTiles, int kUnits>
+StreamShape ShapeOf(int m, int num_units, const StreamGemmDevice& device) {
+  constexpr int kGoodStages = 3;  // with two, a warp's loads wait for its products
+  StreamShape shape;
+  shape.units_per_block = (num_units + device.num_sms - 1) / device.num_sms;
+  const auto fit = [&](int units) {
+    shape.chunk_units = units;
+    shape.stage_bytes = (units * Format::kUnitBytes + m * Format::kColumns * 2 + 127) / 128 * 128;
+    shape.num_stages = (device.max_shared_bytes - Reduction<Format, kTiles>::kBytes) /
+                       (Format::kWarps * shape.stage_bytes);
+    if (shape.num_stages > kMaxStages) shape.num_stages = kMaxStages;
   };
-  int stages = fit(device.block_shared_bytes);
-  if (stages < 3) stages = fit(device.max_shared_bytes);
-  return stages < kMaxStages ? stages : kMaxStages;
+  int units = shape.units_per_block < kUnits ? shape.units_per_block : kUnits;
+  for (fit(units); units > 1 && shape.num_stages < kGoodStages;) fit(--units);
+  const int num_chunks = (shape.units_per_block + units - 1) / units;
+  fit((shape.units_per_block + num_chunks - 1) / num_chunks);
+  return shape;
 }
 
-template <typename Format, int kTiles>
+template <typename Format, int kTiles, int kUnits>
 void LaunchStreamGemm(const StreamGemmParams& params, const StreamGemmDevice& device) {
-  const auto kernel = StreamGemmKernel<Format, kTiles>;
+  const auto kernel = StreamGemmKernel<Format, kTiles, kUnits>;
   static const bool prepared = [&] {
     GLOAM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           device.max_shared_bytes));
-    GLOAM_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
     return true;
   }();
   static_cast<void>(prepared);
-  const int stage_bytes = StageBytes<Format>(params.m);
-  const int num_stages = NumStages<Format, kTiles>(params.m, device);
-  const int units_per_block = (params.num_units + device.num_sms - 1) / device.num_sms;
-  const size_t shared_bytes = static_cast<size_t>(Format::kWarps) * num_stages * stage_bytes +
-                              Reduction<Format, kTiles>::kBytes;
-  const int grid = (params.num_units + units_per_block - 1) / units_per_block;
+  const StreamShape shape = ShapeOf<Format, kTiles, kUnits>(params.m, params.num_units, device);
+  const size_t shared_bytes =
+      static_cast<size_t>(Format::kWarps) * shape.num_stages * shape.stage_bytes +
+      Reduction<Format, kTiles>::kBytes;
+  const int grid = (params.num_units + shape.units_per_block - 1) / shape.units_per_block;
   LaunchKernel(
       kernel,
       {.grid = dim3(grid), .block = dim3(Format::kWarps * 32), .shared_bytes = shared_bytes},
-      device.stream, params, units_per_block, num_stages, stage_bytes,
-      device.prefetch_bytes / (Format::kWarps * Format::kUnits * Format::kUnitBytes));
+      device.stream, params, shape);
 }
 
 // Rows of x that one launch takes, at most 8 * kMaxTiles: a ring needs two stages.
 template <typename Format, int kMaxTiles>
 int MaxRows(const StreamGemmDevice& device) {
   if constexpr (kMaxTiles >= 4) {
-    if (NumStages<Format, 4>(32, device) >= 2) return 32;
+    if (ShapeOf<Format, 4, 4>(32, 1, device).num_stages >= 2) return 32;
   }
-  if (NumStages<Format, 2>(16, device) >= 2) return 16;
+  if (ShapeOf<Format, 2, 4>(16, 1, device).num_stages >= 2) return 16;
   int rows = 8;
-  while (rows > 1 && NumStages<Format, 1>(rows, device) < 2) --rows;
+  while (rows > 1 && ShapeOf<Format, 1, 4>(rows, 1, device).num_stages < 2) --rows;
   return rows;
 }
 
@@ -368,11 +313,11 @@ void StreamGemm(const StreamGemmParams& all, const StreamGemmDevice& device) {
           static_cast<char*>(segment.y) + row * segment.y_stride * (segment.y_is_bf16 ? 2 : 4);
     }
     if (params.m <= 8) {
-      LaunchStreamGemm<Format, 1>(params, device);
+      LaunchStreamGemm<Format, 1, Format::kMaxUnits>(params, device);
     } else if (params.m <= 16) {
-      LaunchStreamGemm<Format, 2>(params, device);
+      LaunchStreamGemm<Format, 2, Format::kMaxUnits>(params, device);
     } else if constexpr (kMaxTiles >= 4) {
-      LaunchStreamGemm<Format, 4>(params, device);
+      LaunchStreamGemm<Format, 4, 4>(params, device);
     }
   }
 }

@@ -7,40 +7,38 @@
 namespace gloam::cuda {
 namespace {
 
-template <WeightType kType, int kNumUnits>
+template <WeightType kType>
 struct QuantizedFormat {
   using P = PackedStage<kType>;
   static constexpr int kWarps = 8;
-  static constexpr int kUnits = kNumUnits;
+  static constexpr int kMaxUnits = P::kBits == 8 ? 4 : 8;  // of a chunk
   static constexpr int kColumns = kStageColumns;
   static constexpr int kUnitBytes = P::kBytes;
   static constexpr bool kHasRowScales = false;
 
   struct Source {
-    const char* data = nullptr;  // the unit's first stage, or null
+    const char* data = nullptr;  // the chunk's first stage
   };
+
+  static __device__ __forceinline__ int64_t BytesOfUnit(int k) {
+    return int64_t{(k + kColumns - 1) / kColumns} * kUnitBytes;
+  }
 
   static __device__ __forceinline__ Source FindSource(const GemmSegment& segment, int unit, int k,
                                                       int) {
-    const int64_t stages = (k + kColumns - 1) / kColumns;
-    return {static_cast<const char*>(segment.weight) + unit * stages * kUnitBytes};
+    return {static_cast<const char*>(segment.weight) + unit * BytesOfUnit(k)};
   }
 
-  static __device__ __forceinline__ void Request(const Source& source, char* to, int stage, int,
-                                                 int lane) {
-    if (source.data == nullptr) return;  // what the ring holds multiplies into unused sums
-    const char* data = source.data + int64_t{stage} * kUnitBytes;
-    const uint32_t address = SharedAddress(to);
+  // Unit `unit` of the chunk.
+  static __device__ __forceinline__ void Request(const Source& source, int unit, char* to,
+                                                 int stage, int k, int lane) {
+    const char* data =
+        source.data + unit * BytesOfUnit(k) + int64_t{stage} * kUnitBytes + 16 * lane;
+    const uint32_t address = SharedAddress(to) + 16 * lane;
 #pragma unroll
     for (int i = 0; i < (kUnitBytes + 511) / 512; ++i) {
-      const int at = 512 * i + 16 * lane;
-      if (at < kUnitBytes) CopyAsync16(address + at, data + at, true);
+      if (512 * i + 16 * lane < kUnitBytes) CopyAsync16(address + 512 * i, data + 512 * i, true);
     }
-  }
-
-  static __device__ __forceinline__ void Prefetch(const Source& source, int stage, int, int lane) {
-    if (source.data == nullptr || 128 * lane >= kUnitBytes) return;
-    PrefetchLine(source.data + int64_t{stage} * kUnitBytes + 128 * lane);
   }
 
   // Row `row` of x, what this lane multiplies of run `run`.
@@ -57,11 +55,11 @@ struct QuantizedFormat {
     return *reinterpret_cast<const uint4*>(x_row + 16 * SwizzledChunk(row, 4 * run + t));
   }
 
-  template <int kTiles>
-  static __device__ __forceinline__ void Multiply(const char* units, const char* x, int m, int lane,
+  template <int kTiles, int kUnits>
+  static __device__ __forceinline__ void Multiply(const char* units, int num_units, const char* x,
+                                                  int m, int lane,
                                                   float (&acc)[kUnits][kTiles][4]) {
     constexpr uint32_t kOnes = 0x3f803f80;  // bf16
-    const int g = lane / 4;
 #pragma unroll
     for (int pair = 0; pair < kRunsPerStage / 2; ++pair) {
       uint4 b[2][kTiles];
@@ -70,7 +68,7 @@ struct QuantizedFormat {
       for (int r = 0; r < 2; ++r) {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
-          b[r][n] = LoadX(x, min(8 * n + g, m - 1), 2 * pair + r, lane % 4);
+          b[r][n] = LoadX(x, min(8 * n + lane / 4, m - 1), 2 * pair + r, lane % 4);
           if constexpr (P::kHasMin) {
             MultiplyAdd(x_sums[r][n], kOnes, kOnes, kOnes, kOnes, b[r][n].x, b[r][n].y);
             MultiplyAdd(x_sums[r][n], kOnes, kOnes, kOnes, kOnes, b[r][n].z, b[r][n].w);
@@ -78,27 +76,41 @@ struct QuantizedFormat {
         }
       }
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        const char* unit = units + u * kUnitBytes;
-        uint32_t a[2][2][4];
-        UnpackRunPair<kType>(unit, pair, lane, a);
+      for (int first = 0; first < kUnits; first += 2) {
+        if (first >= num_units) break;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const RunScale low = LoadScale<kType>(unit, 2 * pair + r, g);
-          const RunScale high = LoadScale<kType>(unit, 2 * pair + r, g + 8);
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            float part[4] = {};
-            MultiplyAdd(part, a[r][0][0], a[r][1][0], a[r][0][1], a[r][1][1], b[r][n].x, b[r][n].y);
-            if constexpr (P::kHalves) {
-              AddScaled(part, low.s[0], high.s[0], acc[u][n]);
-              for (float& p : part) p = 0;
-            }
-            MultiplyAdd(part, a[r][0][2], a[r][1][2], a[r][0][3], a[r][1][3], b[r][n].z, b[r][n].w);
-            AddScaled(part, low.s[1], high.s[1], acc[u][n]);
-            if constexpr (P::kHasMin) AddScaled(x_sums[r][n], -low.m, -high.m, acc[u][n]);
-          }
+        for (int u = first; u < first + 2; ++u) {
+          MultiplyUnit<kTiles>(units + (u < num_units ? u : first) * kUnitBytes, pair, lane, b,
+                               x_sums, acc[u]);
         }
+      }
+    }
+  }
+
+  // One pair of runs of one unit.
+  template <int kTiles>
+  static __device__ __forceinline__ void MultiplyUnit(const char* unit, int pair, int lane,
+                                                      const uint4 (&b)[2][kTiles],
+                                                      const float (&x_sums)[2][kTiles][4],
+                                                      float (&acc)[kTiles][4]) {
+    uint32_t a[2][2][4];
+    UnpackRunPair<kType>(unit, pair, lane, a);
+    const PairScales<kType> scales(unit, pair, lane);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const RunScale low = scales.Get(r, 0);
+      const RunScale high = scales.Get(r, 1);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        float part[4] = {};
+        MultiplyAdd(part, a[r][0][0], a[r][1][0], a[r][0][1], a[r][1][1], b[r][n].x, b[r][n].y);
+        if constexpr (P::kHalves) {
+          AddScaled(part, low.s[0], high.s[0], acc[n]);
+          for (float& p : part) p = 0;
+        }
+        MultiplyAdd(part, a[r][0][2], a[r][1][2], a[r][0][3], a[r][1][3], b[r][n].z, b[r][n].w);
+        AddScaled(part, low.s[1], high.s[1], acc[n]);
+        if constexpr (P::kHasMin) AddScaled(x_sums[r][n], -low.m, -high.m, acc[n]);
       }
     }
   }
@@ -114,8 +126,8 @@ struct QuantizedFormat {
 
 template <WeightType kType>
 void Multiply(const StreamGemmParams& params, const StreamGemmDevice& device) {
-  if (params.m > kMaxStreamedRows) return TileGemm<QuantizedFormat<kType, 4>, 2>(params, device);
-  StreamGemm<QuantizedFormat<kType, 2>, 2>(params, device);
+  if (params.m > kMaxStreamedRows) return TileGemm<QuantizedFormat<kType>, 2>(params, device);
+  StreamGemm<QuantizedFormat<kType>, 2>(params, device);
 }
 
 }  // namespace

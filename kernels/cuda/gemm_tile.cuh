@@ -7,17 +7,18 @@
 // FLOPs: 2 m n k, by mma.sync, which reaches about 60 % of what Hopper's wgmma does.
 #pragma once
 
-#include "kernels/cuda/gemm_stream.cuh"
+#include "kernels/cuda/gemm_common.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace gloam::cuda {
 
-// `Format` has four units: what a warp multiplies by.
 template <typename Format, int kTiles>
 struct TileShape {
+  static constexpr int kWarpUnits = 4;
   static constexpr int kRowWarps = 2;
   static constexpr int kTokenWarps = 4;
   static constexpr int kThreads = kRowWarps * kTokenWarps * 32;
-  static constexpr int kUnits = kRowWarps * Format::kUnits;
+  static constexpr int kUnits = kRowWarps * kWarpUnits;
   static constexpr int kTokens = kTokenWarps * kTiles * 8;
   static constexpr int kRowBytes = Format::kColumns * 2;  // of x
   static constexpr int kStageBytes = kUnits * Format::kUnitBytes + kTokens * kRowBytes;
@@ -61,7 +62,9 @@ __global__ void __launch_bounds__(TileShape<Format, kTiles>::kThreads, 1)
   const auto request = [&](int slot) {
     if (next_slice < num_slices) {
       char* memory = shared + slot * T::kStageBytes;
-      Format::Request(source, memory + warp * Format::kUnitBytes, next_slice, params.k, lane);
+      if (first_unit + warp < params.num_units) {
+        Format::Request(source, 0, memory + warp * Format::kUnitBytes, next_slice, params.k, lane);
+      }
       request_x(memory + T::kUnits * Format::kUnitBytes, next_slice);
       next_slice += Format::kWarps;
       if (next_slice >= num_slices && next_group + 1 < Format::kWarps) next_slice = ++next_group;
@@ -71,27 +74,27 @@ __global__ void __launch_bounds__(TileShape<Format, kTiles>::kThreads, 1)
 
   WaitForEarlierKernels();
   for (int i = 0; i < num_stages - 1; ++i) request(i);
-  const int first_of_warp = warp / T::kTokenWarps * Format::kUnits;
+  const int first_of_warp = warp / T::kTokenWarps * T::kWarpUnits;
   const int tokens_of_warp = warp % T::kTokenWarps * kTiles * 8;
-  float total[Format::kUnits][kTiles][4] = {};
+  float total[T::kWarpUnits][kTiles][4] = {};
   int slot = 0;
   int free_slot = num_stages - 1;
   for (int group = 0; group < Format::kWarps; ++group) {
-    float acc[Format::kUnits][kTiles][4] = {};
+    float acc[T::kWarpUnits][kTiles][4] = {};
     for (int slice = group; slice < num_slices; slice += Format::kWarps) {
       WaitForCopies(num_stages - 2);
       __syncthreads();
       request(free_slot);
       const char* stage = shared + slot * T::kStageBytes;
-      Format::template Multiply<kTiles>(
-          stage + first_of_warp * Format::kUnitBytes,
+      Format::template Multiply<kTiles, T::kWarpUnits>(
+          stage + first_of_warp * Format::kUnitBytes, T::kWarpUnits,
           stage + T::kUnits * Format::kUnitBytes + tokens_of_warp * T::kRowBytes, kTiles * 8, lane,
           acc);
       free_slot = slot;
       slot = slot + 1 == num_stages ? 0 : slot + 1;
     }
 #pragma unroll
-    for (int u = 0; u < Format::kUnits; ++u) {
+    for (int u = 0; u < T::kWarpUnits; ++u) {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -101,7 +104,7 @@ __global__ void __launch_bounds__(TileShape<Format, kTiles>::kThreads, 1)
   }
 
 #pragma unroll
-  for (int u = 0; u < Format::kUnits; ++u) {
+  for (int u = 0; u < T::kWarpUnits; ++u) {
     const int unit = first_unit + first_of_warp + u;
     if (unit >= params.num_units) break;
 #pragma unroll

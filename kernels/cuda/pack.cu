@@ -102,8 +102,8 @@ struct LanePacker {
     auto* halves = reinterpret_cast<uint16_t*>(scales);
     if constexpr (P::kHalves) {
       halves[row] = quants.scale;
-      reinterpret_cast<char2*>(scales + 32)[16 * run + row] =
-          make_char2(quants.sub_scales[0], quants.sub_scales[1]);
+      reinterpret_cast<uchar2*>(scales + 32)[16 * run + row] =
+          make_uchar2(quants.sub_scales[0] + kSubScaleBias, quants.sub_scales[1] + kSubScaleBias);
     } else if constexpr (P::kIsK) {
       halves[2 * row] = quants.scale;
       halves[2 * row + 1] = quants.min;

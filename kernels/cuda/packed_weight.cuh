@@ -18,7 +18,7 @@
 //   Q4_K Q5_K       [16 rows] fp16 scale, fp16 min; [16 rows] word, [16 rows] half word: 6 bits
 //   each
 //                   of sub-scale and sub-min of four runs, 48 in all, low bits first
-//   Q6_K            [16 rows] fp16 scale; [4 runs][16 rows] two int8 sub-scales
+//   Q6_K            [16 rows] fp16 scale; [4 runs][16 rows] two sub-scales, 128 added, as bytes
 #pragma once
 
 #include <cuda_bf16.h>
@@ -32,6 +32,7 @@
 namespace gloam::cuda {
 
 inline constexpr int kStageColumns = 128;
+inline constexpr int kSubScaleBias = 128;  // of Q6_K
 inline constexpr int kRunsPerStage = kStageColumns / kRunElements;
 
 // Column within its run of the i-th (0..7) element that lane 4g + t holds. Q6_K has a scale per 16
@@ -61,6 +62,11 @@ struct RunScale {
   float m;
 };
 
+// An integer below 2^23, at the rate of an addition (conversions run at a quarter of it).
+__device__ __forceinline__ float SmallToFloat(uint32_t value) {
+  return __uint_as_float(0x4b000000 | value) - 0x1p23f;
+}
+
 template <WeightType kType>
 __device__ __forceinline__ RunScale LoadScale(const char* stage, int run, int row) {
   using P = PackedStage<kType>;
@@ -69,16 +75,16 @@ __device__ __forceinline__ RunScale LoadScale(const char* stage, int run, int ro
   out.m = 0;
   if constexpr (P::kHalves) {
     const float d = __half2float(reinterpret_cast<const __half*>(scales)[row]);
-    const char2 sub = reinterpret_cast<const char2*>(scales + 32)[16 * run + row];
-    out.s[0] = d * static_cast<float>(sub.x);
-    out.s[1] = d * static_cast<float>(sub.y);
+    const uint32_t sub = reinterpret_cast<const uint16_t*>(scales + 32)[16 * run + row];
+    out.s[0] = d * (SmallToFloat(sub & 0xff) - kSubScaleBias);
+    out.s[1] = d * (SmallToFloat(sub >> 8) - kSubScaleBias);
   } else if constexpr (P::kIsK) {
     const float2 d = __half22float2(reinterpret_cast<const __half2*>(scales)[row]);
     const uint32_t low = reinterpret_cast<const uint32_t*>(scales + 64)[row];
     const uint32_t high = reinterpret_cast<const uint16_t*>(scales + 128)[row];
     const uint32_t bits = run == 3 ? high >> 4 : __funnelshift_r(low, high, 12 * run);
-    out.s[0] = out.s[1] = d.x * static_cast<float>(bits & 63);
-    out.m = d.y * static_cast<float>(bits >> 6 & 63);
+    out.s[0] = out.s[1] = d.x * SmallToFloat(bits & 63);
+    out.m = d.y * SmallToFloat(bits >> 6 & 63);
   } else if constexpr (P::kHasMin) {
     const float2 d = __half22float2(reinterpret_cast<const __half2*>(scales)[16 * run + row]);
     out.s[0] = out.s[1] = d.x;
@@ -88,6 +94,41 @@ __device__ __forceinline__ RunScale LoadScale(const char* stage, int run, int ro
   }
   return out;
 }
+
+// The scales of a pair of runs. Rows g and g + 8 are shared by four lanes; of K-quants each decodes
+// one of the four scales: lane t that of run t % 2 and row g + 8 * (t / 2).
+template <WeightType kType>
+class PairScales {
+ public:
+  using P = PackedStage<kType>;
+
+  __device__ __forceinline__ PairScales(const char* stage, int pair, int lane)
+      : stage_(stage), pair_(pair), lane_(lane) {
+    if constexpr (P::kIsK) {
+      own_ = LoadScale<kType>(stage, 2 * pair + lane % 2, lane / 4 + 8 * (lane / 2 % 2));
+    }
+  }
+
+  // Of run 2 * pair + r and row g + 8 * hi.
+  __device__ __forceinline__ RunScale Get(int r, int hi) const {
+    if constexpr (P::kIsK) {
+      const int from = (lane_ & ~3) + 2 * hi + r;
+      RunScale out;
+      out.s[0] = out.s[1] = __shfl_sync(0xffffffff, own_.s[0], from);
+      if constexpr (P::kHalves) out.s[1] = __shfl_sync(0xffffffff, own_.s[1], from);
+      out.m = P::kHasMin ? __shfl_sync(0xffffffff, own_.m, from) : 0;
+      return out;
+    } else {
+      return LoadScale<kType>(stage_, 2 * pair_ + r, lane_ / 4 + 8 * hi);
+    }
+  }
+
+ private:
+  const char* stage_;
+  int pair_;
+  int lane_;
+  RunScale own_;
+};
 
 __device__ __forceinline__ uint32_t SubtractBF16x2(uint32_t a, uint32_t b) {
   __nv_bfloat162 x, y;
