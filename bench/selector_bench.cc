@@ -66,7 +66,12 @@ void BenchScores(int64_t num_blocks, std::mt19937& rng) {
   std::vector<float> scores(static_cast<size_t>(kHeads * num_blocks * kBlockTokens));
   const double us = MedianUs([&](int copy) {
     keys.block_table = table.data() + copy * num_blocks;
-    ScoreBlocks(keys, queries.data(), kHeads, kHeadDim, masks.data(), scores.data());
+    ScoreBlocks({.keys = keys,
+                 .queries = queries.data(),
+                 .num_heads = kHeads,
+                 .head_dim = kHeadDim,
+                 .masks = masks.data(),
+                 .scores = scores.data()});
   });
   fmt::print("block scores  {:6} blocks            {:8.1f} us  {:6.1f} ns a block\n", num_blocks,
              us, us * 1e3 / static_cast<double>(num_blocks));

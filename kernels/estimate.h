@@ -2,6 +2,8 @@
 // the keys instead of the keys themselves.
 #pragma once
 
+#include <limits>
+
 #include "kernels/selector.h"
 
 namespace gloam {
@@ -16,6 +18,9 @@ struct EstimateParams {
   int head_dim = 0;
   const TokenMask* masks = nullptr;  // [num_heads][num_blocks] candidates
   float* logits = nullptr;           // [num_heads][16 * num_blocks]
+  // Only blocks [begin_block, end_block) of them.
+  int64_t begin_block = 0;
+  int64_t end_block = std::numeric_limits<int64_t>::max();
 };
 
 // The same from the calibrated channels alone: logits[head][token] = sum over the KV head's label

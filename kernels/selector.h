@@ -8,6 +8,7 @@
 #include <span>
 #include <string_view>
 
+#include "kernels/cpu/thread_pool.h"
 #include "kernels/paged_kv.h"
 #include "kernels/sidecars.h"
 #include "kernels/sparsity_policy.h"
@@ -73,6 +74,7 @@ struct SelectParams {
   std::span<const TokenMask> remembered;
   bool remember = false;     // set by Select: keep `masks` for the layers after this one
   float* scratch = nullptr;  // [num_heads][16 * num_blocks] floats, undefined contents
+  cpu::InnerLoop loop;       // for loops that are worth a second thread
 };
 
 class Selector {

@@ -4,35 +4,13 @@
 
 #include "base/check.h"
 #include "kernels/cpu/prefetch.h"
+#include "kernels/estimate.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/block_scores.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "hwy/highway.h"
-
-#ifndef GLOAM_BLOCK_SCORES_ONCE
-#define GLOAM_BLOCK_SCORES_ONCE
-namespace gloam::cpu {
-
-struct BlockScores {
-  KeyBlocks keys;
-  const float* queries;
-  int num_heads;
-  int head_dim;
-  const TokenMask* masks;
-  float* scores;
-
-  bool HasCandidate(int64_t block) const {
-    for (int head = 0; head < num_heads; ++head) {
-      if (masks[head * keys.num_blocks + block] != 0) return true;
-    }
-    return false;
-  }
-};
-
-}  // namespace gloam::cpu
-#endif  // GLOAM_BLOCK_SCORES_ONCE
 
 HWY_BEFORE_NAMESPACE();
 namespace gloam::cpu::HWY_NAMESPACE {
@@ -45,6 +23,8 @@ constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 
 // Heads that share one conversion of a range to fp32.
 constexpr int kHeadTile = 4;
+// Blocks that share a load of the queries.
+constexpr int kBlockTile = 2;
 // Blocks are anywhere in the cache: their ranges are asked for this far ahead.
 constexpr int64_t kPrefetchBlocks = 16;
 
@@ -54,63 +34,108 @@ inline VF LoadRange(const T* from) {
   return hn::PromoteTo(DF(), hn::LoadU(hn::Rebind<T, DF>(), from));
 }
 
-// Scores of one block for kHeads heads.
-template <int kHeads, typename T>
-HWY_INLINE void ScoreHeads(const T* HWY_RESTRICT minima, const float* HWY_RESTRICT queries,
-                           int head_dim, float* HWY_RESTRICT scores, int64_t score_stride) {
+// A query's negative channels, which meet the minima, and its others, which meet the maxima; zero
+// where the other has the channel.
+struct SignedQuery {
+  alignas(64) float negative[kMaxSidecarHeadDim];
+  alignas(64) float positive[kMaxSidecarHeadDim];
+};
+
+// Scores of kBlocks blocks for kHeads heads: scores[h * stride + blocks[b]].
+template <int kHeads, int kBlocks, typename T>
+HWY_INLINE void ScoreTile(const BlockScores& work, const SignedQuery* queries,
+                          const int64_t* blocks, float* HWY_RESTRICT scores, int64_t stride) {
   const DF d;
-  const T* HWY_RESTRICT maxima = minima + head_dim;
-  VF sums[kHeads];
-  HWY_UNROLL(4)
-  for (int h = 0; h < kHeads; ++h) sums[h] = hn::Zero(d);
-  for (int c = 0; c < head_dim; c += kLanes) {
-    const VF min = LoadRange(minima + c);
-    const VF max = LoadRange(maxima + c);
+  const T* ranges[kBlocks];
+  VF sums[kHeads][kBlocks];
+  HWY_UNROLL(2)
+  for (int b = 0; b < kBlocks; ++b) {
+    ranges[b] = reinterpret_cast<const T*>(work.keys.Ranges(blocks[b]));
+    HWY_UNROLL(4)
+    for (int h = 0; h < kHeads; ++h) sums[h][b] = hn::Zero(d);
+  }
+  for (int c = 0; c < work.head_dim; c += kLanes) {
+    VF min[kBlocks], max[kBlocks];
+    HWY_UNROLL(2)
+    for (int b = 0; b < kBlocks; ++b) {
+      min[b] = LoadRange(ranges[b] + c);
+      max[b] = LoadRange(ranges[b] + work.head_dim + c);
+    }
     HWY_UNROLL(4)
     for (int h = 0; h < kHeads; ++h) {
-      const VF q = hn::LoadU(d, queries + h * head_dim + c);
-      // Not IfNegativeThenElse: Highway 1.0.3 takes the bare sign for a full mask on SSSE3.
-      const VF corner = hn::IfThenElse(hn::Lt(q, hn::Zero(d)), min, max);
-      sums[h] = hn::MulAdd(q, corner, sums[h]);
+      const VF negative = hn::Load(d, queries[h].negative + c);
+      const VF positive = hn::Load(d, queries[h].positive + c);
+      HWY_UNROLL(2)
+      for (int b = 0; b < kBlocks; ++b) {
+        sums[h][b] = hn::MulAdd(positive, max[b], hn::MulAdd(negative, min[b], sums[h][b]));
+      }
     }
   }
   HWY_UNROLL(4)
   for (int h = 0; h < kHeads; ++h) {
-    scores[h * score_stride] = hn::GetLane(hn::SumOfLanes(d, sums[h]));
+    HWY_UNROLL(2)
+    for (int b = 0; b < kBlocks; ++b) {
+      scores[h * stride + blocks[b]] = hn::GetLane(hn::SumOfLanes(d, sums[h][b]));
+    }
   }
+}
+
+// Scores of kBlocks blocks for all heads.
+template <int kBlocks, typename T>
+void ScoreAllHeads(const BlockScores& work, const SignedQuery* queries, const int64_t* blocks) {
+  const int64_t stride = work.keys.num_blocks * kBlockTokens;
+  for (int head = 0; head < work.num_heads; head += kHeadTile) {
+    const SignedQuery* of_tile = queries + head;
+    float* scores = work.scores + head * stride;
+    switch (std::min(kHeadTile, work.num_heads - head)) {
+      case 1:
+        ScoreTile<1, kBlocks, T>(work, of_tile, blocks, scores, stride);
+        break;
+      case 2:
+        ScoreTile<2, kBlocks, T>(work, of_tile, blocks, scores, stride);
+        break;
+      case 3:
+        ScoreTile<3, kBlocks, T>(work, of_tile, blocks, scores, stride);
+        break;
+      default:
+        ScoreTile<kHeadTile, kBlocks, T>(work, of_tile, blocks, scores, stride);
+        break;
+    }
+  }
+}
+
+inline bool HasCandidate(const BlockScores& work, int64_t block) {
+  for (int head = 0; head < work.num_heads; ++head) {
+    if (work.masks[head * work.keys.num_blocks + block] != kNoTokens) return true;
+  }
+  return false;
 }
 
 template <typename T>
 void ScoreBlocksOf(const BlockScores& work) {
-  const int64_t num_blocks = work.keys.num_blocks;
-  const int64_t stride = num_blocks * kBlockTokens;
-  const int d = work.head_dim;
-  const int64_t range_bytes = int64_t{2} * d * static_cast<int64_t>(sizeof(T));
-  for (int64_t block = 0; block < num_blocks; ++block) {
-    if (block + kPrefetchBlocks < num_blocks) {
-      PrefetchRange(work.keys.Ranges(block + kPrefetchBlocks), range_bytes);
-    }
-    if (!work.HasCandidate(block)) continue;
-    const T* ranges = reinterpret_cast<const T*>(work.keys.Ranges(block));
-    for (int head = 0; head < work.num_heads; head += kHeadTile) {
-      const float* queries = work.queries + head * d;
-      float* scores = work.scores + head * stride + block;
-      switch (std::min(kHeadTile, work.num_heads - head)) {
-        case 1:
-          ScoreHeads<1>(ranges, queries, d, scores, stride);
-          break;
-        case 2:
-          ScoreHeads<2>(ranges, queries, d, scores, stride);
-          break;
-        case 3:
-          ScoreHeads<3>(ranges, queries, d, scores, stride);
-          break;
-        default:
-          ScoreHeads<kHeadTile>(ranges, queries, d, scores, stride);
-          break;
-      }
+  const int64_t end = std::min(work.end_block, work.keys.num_blocks);
+  const int64_t range_bytes = int64_t{2} * work.head_dim * static_cast<int64_t>(sizeof(T));
+  SignedQuery queries[kMaxGroupHeads];
+  for (int head = 0; head < work.num_heads; ++head) {
+    for (int c = 0; c < work.head_dim; ++c) {
+      const float q = work.queries[head * work.head_dim + c];
+      queries[head].negative[c] = std::min(q, 0.0f);
+      queries[head].positive[c] = std::max(q, 0.0f);
     }
   }
+  int64_t tile[kBlockTile];
+  int count = 0;
+  for (int64_t block = work.begin_block; block < end; ++block) {
+    if (block + kPrefetchBlocks < end) {
+      PrefetchRange(work.keys.Ranges(block + kPrefetchBlocks), range_bytes);
+    }
+    if (!HasCandidate(work, block)) continue;
+    tile[count++] = block;
+    if (count < kBlockTile) continue;
+    ScoreAllHeads<kBlockTile, T>(work, queries, tile);
+    count = 0;
+  }
+  if (count > 0) ScoreAllHeads<1, T>(work, queries, tile);
 }
 
 void ScoreBlocksTarget(const BlockScores& work) {
@@ -132,11 +157,12 @@ namespace gloam::cpu {
 
 HWY_EXPORT(ScoreBlocksTarget);
 
-void ScoreBlocks(const KeyBlocks& keys, const float* queries, int num_heads, int head_dim,
-                 const TokenMask* masks, float* scores) {
-  GLOAM_CHECK(head_dim > 0 && head_dim % 16 == 0 && head_dim == keys.kv.layout.head_dim);
-  GLOAM_CHECK(IsKvDType(keys.kv.layout.dtype));
-  HWY_DYNAMIC_DISPATCH(ScoreBlocksTarget)({keys, queries, num_heads, head_dim, masks, scores});
+void ScoreBlocks(const BlockScores& work) {
+  const int head_dim = work.head_dim;
+  GLOAM_CHECK(head_dim > 0 && head_dim % 16 == 0 && head_dim == work.keys.kv.layout.head_dim);
+  GLOAM_CHECK(head_dim <= kMaxSidecarHeadDim && work.num_heads <= kMaxGroupHeads);
+  GLOAM_CHECK(IsKvDType(work.keys.kv.layout.dtype));
+  HWY_DYNAMIC_DISPATCH(ScoreBlocksTarget)(work);
 }
 
 }  // namespace gloam::cpu

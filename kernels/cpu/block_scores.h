@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "kernels/selector.h"
 
@@ -12,9 +13,19 @@ namespace gloam::cpu {
 // Rows of `scores` are 16 * num_blocks apart. A score is a function of the block and the head's
 // query alone. Summed in fp32: it may fall short of the exact sum, and so of a logit, by up to
 // head_dim * 2^-24 * sum of |q| * max(|minimum|, |maximum|).
-// Needs the ranges. Reads 2 * head_dim elements a block; 2 * num_heads * head_dim FLOPs. Any
+// Needs the ranges. Reads 2 * head_dim elements a block; 4 * num_heads * head_dim FLOPs. Any
 // thread.
-void ScoreBlocks(const KeyBlocks& keys, const float* queries, int num_heads, int head_dim,
-                 const TokenMask* masks, float* scores);
+struct BlockScores {
+  KeyBlocks keys;
+  const float* queries = nullptr;  // [num_heads, head_dim]
+  int num_heads = 0;
+  int head_dim = 0;
+  const TokenMask* masks = nullptr;
+  float* scores = nullptr;
+  // Only blocks [begin_block, end_block) of them.
+  int64_t begin_block = 0;
+  int64_t end_block = std::numeric_limits<int64_t>::max();
+};
+void ScoreBlocks(const BlockScores& work);
 
 }  // namespace gloam::cpu

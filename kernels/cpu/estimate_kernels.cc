@@ -54,11 +54,15 @@ struct IntegerWeights {
 class CandidateBlocks {
  public:
   explicit CandidateBlocks(const EstimateCall& call)
-      : masks_(call.masks), num_heads_(call.num_heads), num_blocks_(call.keys->num_blocks) {}
+      : masks_(call.masks),
+        num_heads_(call.num_heads),
+        num_blocks_(call.keys->num_blocks),
+        next_(call.begin_block),
+        end_(call.end_block) {}
 
   // The next one, or -1.
   int64_t Next() {
-    for (; next_ < num_blocks_; ++next_) {
+    for (; next_ < end_; ++next_) {
       for (int head = 0; head < num_heads_; ++head) {
         if (masks_[head * num_blocks_ + next_] != kNoTokens) return next_++;
       }
@@ -70,7 +74,8 @@ class CandidateBlocks {
   const TokenMask* masks_;
   const int num_heads_;
   const int64_t num_blocks_;
-  int64_t next_ = 0;
+  int64_t next_;
+  const int64_t end_;
 };
 
 // Calls compute(blocks, count, fetch) for batches of candidate blocks. compute() calls fetch() once
@@ -119,8 +124,12 @@ constexpr DU du;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(df));
 constexpr int kStrips = kBlockTokens / kLanes;
 
-// ---- Dot products of four quants (at most 15) and four signed weights per lane, exact in int32
-// ---
+// ---- Dot products of four quants (at most 15) and four signed weights per lane, exact ---------
+//
+// sum = MulAdd(sum, ...) up to kQuadsPerTotal times from zero, then Total(sum) as int32.
+
+// As many pairs of products, each at most 2 * 15 * 127, fit an int16.
+constexpr int kQuadsPerTotal = 8;
 
 #if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128 || !HWY_ARCH_X86
 
@@ -133,6 +142,7 @@ struct Dot {
     }
     return sum;
   }
+  static VI Total(VI sum) { return sum; }
 };
 
 #else
@@ -158,13 +168,14 @@ inline __m128i MulPairs(__m128i n, __m128i w) { return _mm_maddubs_epi16(n, w); 
 inline __m128i AddPairs(__m128i p, __m128i f) { return _mm_madd_epi16(p, f); }
 #endif
 
-// A pair of products is at most 2 * 15 * 128: int16 holds it.
+// Sums stay in pairs of int16 until Total.
 struct Dot {
   static VI MulAdd(VI sum, VU quads, const int8_t* weights) {
+    constexpr hn::Repartition<int16_t, DI> d16;
     int32_t four;
     std::memcpy(&four, weights, sizeof(four));
-    const VI ones = hn::Set(di, 0x00010001);
-    sum = hn::Add(sum, VI{AddPairs(MulPairs(quads.raw, hn::Set(di, four).raw), ones.raw)});
+    const VI pairs = VI{MulPairs(quads.raw, hn::Set(di, four).raw)};
+    sum = hn::BitCast(di, hn::Add(hn::BitCast(d16, sum), hn::BitCast(d16, pairs)));
     // GCC would add many products as a tree, for which there are not the registers.
 #if HWY_TARGET == HWY_AVX3
     asm("" : "+v"(sum.raw));
@@ -173,6 +184,7 @@ struct Dot {
 #endif
     return sum;
   }
+  static VI Total(VI sum) { return VI{AddPairs(sum.raw, hn::Set(di, 0x00010001).raw)}; }
 };
 
 #endif
@@ -186,6 +198,7 @@ struct DotVnni {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.raw) : "v"(quads.raw), "m"(*four));
     return sum;
   }
+  static VI Total(VI sum) { return sum; }
 };
 
 bool UseVnni() {
@@ -426,29 +439,46 @@ HWY_INLINE void MultiplyRows(const std::byte* quants, int num_rows, const Intege
   // Eight bits are two fields of four, whose sums are put together in the end.
   constexpr int kFieldBits = std::min(kBits, 4);
   constexpr int kFields = 8 / kFieldBits;
+  constexpr int kRowsPerTotal = kQuadsPerTotal / (kFields / 2);
   const VU mask = hn::Set(du, ((1u << kFieldBits) - 1) * 0x01010101u);
   HWY_UNROLL(4)
   for (int strip = 0; strip < kStrips; ++strip) {
     const auto* rows = reinterpret_cast<const uint32_t*>(quants) + strip * kLanes;
-    VI sums[kHeads][kPlanes][2];
+    VI totals[kHeads][kPlanes][2];
     HWY_UNROLL(4)
     for (int h = 0; h < kHeads; ++h) {
       HWY_UNROLL(2)
-      for (int p = 0; p < kPlanes; ++p) sums[h][p][0] = sums[h][p][1] = hn::Zero(di);
+      for (int p = 0; p < kPlanes; ++p) totals[h][p][0] = totals[h][p][1] = hn::Zero(di);
     }
-    for (int row = 0; row < num_rows; ++row) {
-      VU fields = hn::Load(du, rows + row * kBlockTokens);
+    for (int first = 0; first < num_rows; first += kRowsPerTotal) {
+      VI sums[kHeads][kPlanes][2];
       HWY_UNROLL(4)
-      for (int f = 0; f < kFields; ++f, fields = hn::ShiftRight<kFieldBits>(fields)) {
-        const VU quads = hn::And(fields, mask);
-        const int channel = row * QuantRowChannels(kBits) + (kBits == 8 ? 0 : 4 * f);
+      for (int h = 0; h < kHeads; ++h) {
+        HWY_UNROLL(2)
+        for (int p = 0; p < kPlanes; ++p) sums[h][p][0] = sums[h][p][1] = hn::Zero(di);
+      }
+      for (int row = first; row < std::min(first + kRowsPerTotal, num_rows); ++row) {
+        VU fields = hn::Load(du, rows + row * kBlockTokens);
         HWY_UNROLL(4)
-        for (int h = 0; h < kHeads; ++h) {
-          HWY_UNROLL(2)
-          for (int p = 0; p < kPlanes; ++p) {
-            sums[h][p][f % 2] =
-                DotT::MulAdd(sums[h][p][f % 2], quads, weights.planes[h][p] + channel);
+        for (int f = 0; f < kFields; ++f, fields = hn::ShiftRight<kFieldBits>(fields)) {
+          const VU quads = hn::And(fields, mask);
+          const int channel = row * QuantRowChannels(kBits) + (kBits == 8 ? 0 : 4 * f);
+          HWY_UNROLL(4)
+          for (int h = 0; h < kHeads; ++h) {
+            HWY_UNROLL(2)
+            for (int p = 0; p < kPlanes; ++p) {
+              sums[h][p][f % 2] =
+                  DotT::MulAdd(sums[h][p][f % 2], quads, weights.planes[h][p] + channel);
+            }
           }
+        }
+      }
+      HWY_UNROLL(4)
+      for (int h = 0; h < kHeads; ++h) {
+        HWY_UNROLL(2)
+        for (int p = 0; p < kPlanes; ++p) {
+          totals[h][p][0] = hn::Add(totals[h][p][0], DotT::Total(sums[h][p][0]));
+          totals[h][p][1] = hn::Add(totals[h][p][1], DotT::Total(sums[h][p][1]));
         }
       }
     }
@@ -457,8 +487,8 @@ HWY_INLINE void MultiplyRows(const std::byte* quants, int num_rows, const Intege
       VI dot = hn::Zero(di);
       HWY_UNROLL(2)
       for (int p = 0; p < kPlanes; ++p) {
-        const VI upper = kBits == 8 ? hn::ShiftLeft<4>(sums[h][p][1]) : sums[h][p][1];
-        dot = hn::Add(hn::ShiftLeft<7>(dot), hn::Add(sums[h][p][0], upper));
+        const VI upper = kBits == 8 ? hn::ShiftLeft<4>(totals[h][p][1]) : totals[h][p][1];
+        dot = hn::Add(hn::ShiftLeft<7>(dot), hn::Add(totals[h][p][0], upper));
       }
       store(h, strip, hn::ConvertTo(df, dot));
     }

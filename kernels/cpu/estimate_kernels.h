@@ -24,6 +24,8 @@ struct EstimateCall {
   int channels = 0;  // a multiple of 16; queries are zero where the mirror has no channel
   const TokenMask* masks = nullptr;  // [num_heads][num_blocks]
   float* logits = nullptr;           // [num_heads][16 * num_blocks]
+  int64_t begin_block = 0;           // of the blocks in question
+  int64_t end_block = 0;
 };
 
 void EstimateFromMirror(const EstimateCall& call, const Mirror& mirror);

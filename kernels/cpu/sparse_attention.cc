@@ -1,5 +1,5 @@
-// Sparse decode attention: a task per (row, KV head) that runs all stages on one thread. The stages
-// themselves are in kernels/selectors/, estimate.cc and prune.cc; what is kept is attended by the
+// Sparse decode attention: a task per (row, KV head) that runs all stages on one thread; threads
+// that have no task help with the stages that look at every candidate. The stages themselves are in kernels/selectors/, estimate.cc and prune.cc; what is kept is attended by the
 // arithmetic of dense attention (attention_tile.h) over a gathered copy.
 #include "kernels/sparse_attention.h"
 
@@ -30,6 +30,9 @@ constexpr std::array<int32_t, kPartitionBlocks> kGatheredTable = [] {
   for (int i = 0; i < kPartitionBlocks; ++i) table[i] = i;
   return table;
 }();
+
+// A piece of the estimates takes about 10 us.
+constexpr int64_t kEstimatedBlocksPerPiece = 48;
 
 // Sizes of one step's largest task.
 struct TaskShape {
@@ -114,7 +117,7 @@ class StageClock {
 class HeadTask {
  public:
   HeadTask(const SparseAttentionParams& params, const SparseRow& row, int kv_head,
-           const TaskMemory& memory);
+           const TaskMemory& memory, const InnerLoop& loop);
 
   SparseHeadStats Run(SelectionMemory& selections, size_t slot);
 
@@ -125,6 +128,7 @@ class HeadTask {
   void Select(SelectionMemory& selections, size_t slot);
   // Leaves the blocks without a candidate out of everything that follows.
   void DropOtherBlocks();
+  void EstimateLogits();
   void ComputeOpenLogits();
   void Prune();
   void Unite();
@@ -161,6 +165,7 @@ class HeadTask {
   const SparsityPolicy& policy_;
   const int kv_head_;
   const TaskMemory& memory_;
+  const InnerLoop loop_;
   const int head_dim_;
   const int num_heads_;
   const int64_t context_len_;
@@ -201,12 +206,13 @@ KeyBlocks ContextBlocks(const SparseAttentionParams& params, const SparseRow& ro
 }
 
 HeadTask::HeadTask(const SparseAttentionParams& params, const SparseRow& row, int kv_head,
-                   const TaskMemory& memory)
+                   const TaskMemory& memory, const InnerLoop& loop)
     : params_(params),
       row_(row),
       policy_(*row.policy),
       kv_head_(kv_head),
       memory_(memory),
+      loop_(loop),
       head_dim_(params.kv.layout.head_dim),
       num_heads_(static_cast<int>(params.q.shape[1]) / params.kv.layout.num_kv_heads),
       context_len_(ContextOf(params, row)),
@@ -226,16 +232,7 @@ SparseHeadStats HeadTask::Run(SelectionMemory& selections, size_t slot) {
   Select(selections, slot);
   DropOtherBlocks();
   clock.Lap(&SparseStageTimes::select);
-  if (NeedsEstimate()) {
-    Estimate({.estimator = policy_.estimator,
-              .keys = keys_,
-              .queries = memory_.workspace.queries,
-              .num_heads = num_heads_,
-              .head_dim = head_dim_,
-              .masks = memory_.masks,
-              .logits = memory_.logits});
-    ComputeOpenLogits();
-  }
+  if (NeedsEstimate()) EstimateLogits();
   clock.Lap(&SparseStageTimes::estimate);
   Prune();
   Unite();
@@ -300,6 +297,7 @@ void HeadTask::Select(SelectionMemory& selections, size_t slot) {
   select.masks = memory_.masks;
   select.remembered = selections.Recall(slot);
   select.scratch = memory_.weights;
+  select.loop = loop_;
   policy_.selector.selector->Select(select);
   if (select.remember) {
     selections.Remember(slot, {memory_.masks, static_cast<size_t>(num_heads_ * num_blocks_)});
@@ -337,6 +335,21 @@ void HeadTask::DropOtherBlocks() {
   keys_.num_blocks = num_blocks_ = count;
 }
 
+void HeadTask::EstimateLogits() {
+  loop_.ForPieces(num_blocks_, kEstimatedBlocksPerPiece, [&](int64_t begin, int64_t end) {
+    Estimate({.estimator = policy_.estimator,
+              .keys = keys_,
+              .queries = memory_.workspace.queries,
+              .num_heads = num_heads_,
+              .head_dim = head_dim_,
+              .masks = memory_.masks,
+              .logits = memory_.logits,
+              .begin_block = begin,
+              .end_block = end});
+  });
+  ComputeOpenLogits();
+}
+
 // Exact logits of the open block, and of nothing else.
 void HeadTask::ComputeOpenLogits() {
   KeyBlocks open = keys_;
@@ -359,7 +372,8 @@ void HeadTask::Prune() {
     num_kept_ = num_candidates_;
     return;
   }
-  for (int head = 0; head < num_heads_; ++head) {
+  loop_.For(num_heads_, [&](int64_t index, int /*thread*/) {
+    const int head = static_cast<int>(index);
     results_[head] = cpu::Prune({.pruner = policy_.pruner,
                                  .logits = RowOf(memory_.logits, head),
                                  .candidates = MasksOf(memory_.masks, head),
@@ -369,8 +383,8 @@ void HeadTask::Prune() {
                                  .num_open = num_open_,
                                  .weights = RowOf(memory_.weights, head),
                                  .kept = MasksOf(memory_.kept, head)});
-    num_kept_ += results_[head].num_kept;
-  }
+  });
+  for (const PruneResult& result : results_) num_kept_ += result.num_kept;
 }
 
 // What the group reads; with share_group it is also what each of its heads attends to.
@@ -603,7 +617,7 @@ void SparseAttention(const SparseAttentionParams& params, ThreadPool& pool, Scra
     const SparseRow& row = params.rows[index / num_kv_heads];
     const int kv_head = static_cast<int>(index % num_kv_heads);
     const size_t slot = static_cast<size_t>(row.token) * num_kv_heads + kv_head;
-    params.stats[index] = HeadTask(params, row, kv_head, task_memory).Run(memory, slot);
+    params.stats[index] = HeadTask(params, row, kv_head, task_memory, {pool, thread}).Run(memory, slot);
   });
 }
 

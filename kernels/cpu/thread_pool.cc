@@ -60,6 +60,25 @@ uint64_t JobOf(uint64_t state) { return state / kNextJob; }
 }  // namespace
 
 struct ThreadPool::Impl {
+  // A loop inside a task: one per thread that may run tasks. `state` is kOpen while helpers may
+  // enter, plus the number of those inside; the other fields are written while it is neither.
+  struct InnerJob {
+    alignas(64) std::atomic<uint64_t> state{0};
+    alignas(64) std::atomic<int64_t> next_task{0};
+    const TaskRef* task = nullptr;
+    int64_t num_tasks = 0;
+
+    void RunTasks(int thread) {
+      for (;;) {
+        const int64_t i = next_task.fetch_add(1, std::memory_order_relaxed);
+        if (i >= num_tasks) return;
+        (*task)(i, thread);
+      }
+    }
+  };
+  std::vector<InnerJob> inner_jobs;  // by thread
+  alignas(64) std::atomic<int> num_inner_jobs{0};
+
   alignas(64) std::atomic<uint64_t> state{0};
   alignas(64) std::atomic<int64_t> next_task{0};
 
@@ -81,14 +100,30 @@ struct ThreadPool::Impl {
     }
   }
 
+  // For a thread without a task: works on the inner loops of the others.
+  void HelpInside(int thread) {
+    if (num_inner_jobs.load(std::memory_order_relaxed) == 0) return;
+    for (InnerJob& job : inner_jobs) {
+      uint64_t seen = job.state.load(std::memory_order_relaxed);
+      if ((seen & kOpen) == 0) continue;
+      if (!job.state.compare_exchange_strong(seen, seen + 1, std::memory_order_acquire)) continue;
+      job.RunTasks(thread);
+      job.state.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
   void WorkerLoop(int thread) {
     uint64_t last_job = 0;
     const auto has_news = [&] {
       const uint64_t now = state.load(std::memory_order_seq_cst);
       return ((now & kOpen) != 0 && JobOf(now) != last_job) || stopping.load();
     };
+    const auto has_news_or_helps = [&] {
+      HelpInside(thread);
+      return has_news();
+    };
     for (;;) {
-      if (!SpinUntil(has_news, kSpinTime)) {
+      if (!SpinUntil(has_news_or_helps, kSpinTime)) {
         std::unique_lock lock(mutex);
         num_sleepers.fetch_add(1);
         wake.wait(lock, has_news);
@@ -106,6 +141,7 @@ struct ThreadPool::Impl {
 
 ThreadPool::ThreadPool(int num_threads) : impl_(std::make_unique<Impl>()) {
   GLOAM_CHECK(num_threads >= 1 && num_threads < static_cast<int>(kWorkerMask));
+  impl_->inner_jobs = std::vector<Impl::InnerJob>(static_cast<size_t>(num_threads));
   for (int thread = 1; thread < num_threads; ++thread) {
     impl_->workers.emplace_back([impl = impl_.get(), thread] { impl->WorkerLoop(thread); });
   }
@@ -139,7 +175,29 @@ void ThreadPool::ParallelFor(int64_t num_tasks, TaskRef f) {
   }
   impl.RunTasks(0);
   impl.state.fetch_and(~kOpen, std::memory_order_acq_rel);
-  SpinUntil([&] { return (impl.state.load(std::memory_order_acquire) & kWorkerMask) == 0; },
+  SpinUntil(
+      [&] {
+        impl.HelpInside(0);
+        return (impl.state.load(std::memory_order_acquire) & kWorkerMask) == 0;
+      },
+      Clock::duration::max());
+}
+
+void ThreadPool::ParallelForInside(int thread, int64_t num_tasks, TaskRef f) {
+  if (num_tasks <= 1 || impl_->workers.empty()) {
+    for (int64_t i = 0; i < num_tasks; ++i) f(i, thread);
+    return;
+  }
+  Impl::InnerJob& job = impl_->inner_jobs[thread];
+  job.task = &f;
+  job.num_tasks = num_tasks;
+  job.next_task.store(0, std::memory_order_relaxed);
+  job.state.fetch_add(kOpen, std::memory_order_release);
+  impl_->num_inner_jobs.fetch_add(1, std::memory_order_relaxed);
+  job.RunTasks(thread);
+  impl_->num_inner_jobs.fetch_sub(1, std::memory_order_relaxed);
+  job.state.fetch_sub(kOpen, std::memory_order_acq_rel);
+  SpinUntil([&] { return (job.state.load(std::memory_order_acquire) & kWorkerMask) == 0; },
             Clock::duration::max());
 }
 

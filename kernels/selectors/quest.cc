@@ -19,6 +19,9 @@ constexpr NumberKey kKeys[] = {
      .default_value = kBlockTokens},
 };
 
+// A piece of the scores takes a few microseconds.
+constexpr int64_t kBlocksPerPiece = 128;
+
 class Quest final : public Selector {
  public:
   std::string_view name() const override { return "quest"; }
@@ -34,12 +37,20 @@ class Quest final : public Selector {
     // The newest block, which is open, is one of them.
     const int64_t count = (budget + kBlockTokens - 1) / kBlockTokens - 1;
     if (count >= num_blocks) return;
-    cpu::ScoreBlocks(params.keys, params.queries, params.num_heads, params.head_dim, params.masks,
-                     params.scratch);
-    for (int head = 0; head < params.num_heads; ++head) {
+    params.loop.ForPieces(num_blocks, kBlocksPerPiece, [&](int64_t begin, int64_t end) {
+      cpu::ScoreBlocks({.keys = params.keys,
+                        .queries = params.queries,
+                        .num_heads = params.num_heads,
+                        .head_dim = params.head_dim,
+                        .masks = params.masks,
+                        .scores = params.scratch,
+                        .begin_block = begin,
+                        .end_block = end});
+    });
+    params.loop.For(params.num_heads, [&](int64_t head, int /*thread*/) {
       cpu::KeepTopBlocks(params.scratch + head * num_blocks * kBlockTokens, count, num_blocks,
-                         HeadMasks(params, head));
-    }
+                         HeadMasks(params, static_cast<int>(head)));
+    });
   }
 };
 

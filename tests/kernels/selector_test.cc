@@ -663,8 +663,12 @@ void CheckBounds(const Context& context) {
   const std::vector<TokenMask> masks = AllCandidates(context);
   for (int kv_head = 0; kv_head < shape.num_kv_heads; ++kv_head) {
     std::vector<float> scores(static_cast<size_t>(shape.num_heads * stride));
-    ScoreBlocks(context.Keys(kv_head), context.queries(), shape.num_heads, shape.head_dim,
-                masks.data(), scores.data());
+    ScoreBlocks({.keys = context.Keys(kv_head),
+                 .queries = context.queries(),
+                 .num_heads = shape.num_heads,
+                 .head_dim = shape.head_dim,
+                 .masks = masks.data(),
+                 .scores = scores.data()});
     for (int head = 0; head < shape.num_heads; ++head) {
       for (int64_t block = 0; block < context.num_blocks(); ++block) {
         CAPTURE(kv_head, head, block);
