@@ -57,6 +57,7 @@ struct Bench {
       for (int64_t i = 0; i < elements; ++i) data[i] = values[(i * 7) % values.size()];
       layer.sidecar_view.config = &config;
       layer.sidecar_view.num_kv_heads = kKvHeads;
+      layer.sidecar_view.num_blocks = num_blocks;
       for (int k = 0; k < kNumSidecarKinds; ++k) {
         const int64_t bytes =
             SidecarBytes(static_cast<SidecarKind>(k), config, layer.kv_view.layout);

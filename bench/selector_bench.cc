@@ -60,6 +60,7 @@ void BenchScores(int64_t num_blocks, std::mt19937& rng) {
   keys.sidecars.data[0] = reinterpret_cast<std::byte*>(ranges.data());
   keys.sidecars.head_bytes[0] = bytes;
   keys.sidecars.num_kv_heads = 1;
+  keys.sidecars.num_blocks = cache_blocks;
   keys.num_blocks = num_blocks;
   const std::vector<float> queries = RandomLogits(kHeads * kHeadDim, rng);
   const std::vector<TokenMask> masks(static_cast<size_t>(kHeads * num_blocks), kAllTokens);

@@ -117,6 +117,7 @@ Status KvCachePool::AddSidecars(Ops& ops, const KvPlan& plan) {
     SidecarLayerView view;
     view.config = sidecar_config_.get();
     view.num_kv_heads = plan.layout.num_kv_heads;
+    view.num_blocks = plan.num_blocks;
     for (int kind = 0; kind < kNumSidecarKinds; ++kind) {
       view.head_bytes[kind] =
           SidecarBytes(static_cast<SidecarKind>(kind), plan.sidecars, plan.layout);

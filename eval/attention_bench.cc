@@ -141,6 +141,7 @@ class LayerReplay {
     if (config_->empty()) return OkStatus();
     sidecars_.config = config_.get();
     sidecars_.num_kv_heads = kv_.layout.num_kv_heads;
+    sidecars_.num_blocks = kv_.num_blocks;
     for (int kind = 0; kind < kNumSidecarKinds; ++kind) {
       const int64_t bytes = SidecarBytes(static_cast<SidecarKind>(kind), *config_, kv_.layout);
       sidecars_.head_bytes[kind] = bytes;

@@ -85,17 +85,19 @@ int64_t SidecarBytes(SidecarKind kind, const SidecarConfig& config, const KvLayo
 // Sum over kinds and KV heads: what one block costs beside its keys and values, in one layer.
 int64_t SidecarBlockBytes(const SidecarConfig& config, const KvLayout& kv);
 
-// One layer's sidecars: per kind an array [num_blocks][num_kv_heads][head_bytes]. The memory
+// One layer's sidecars: per kind an array [num_kv_heads][num_blocks][head_bytes], so that a head's
+// scan over the context reads one long run wherever the blocks follow each other. The memory
 // belongs to the engine's KvCachePool. Null `config`: the server keeps none.
 struct SidecarLayerView {
   const SidecarConfig* config = nullptr;
   std::array<std::byte*, kNumSidecarKinds> data = {};
   std::array<int64_t, kNumSidecarKinds> head_bytes = {};
   int num_kv_heads = 0;
+  int64_t num_blocks = 0;  // of the cache
 
   std::byte* At(SidecarKind kind, int64_t block, int kv_head) const {
     const int i = static_cast<int>(kind);
-    return data[i] + (block * num_kv_heads + kv_head) * head_bytes[i];
+    return data[i] + (kv_head * num_blocks + block) * head_bytes[i];
   }
 };
 

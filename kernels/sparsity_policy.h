@@ -53,8 +53,9 @@ enum class PrunerType : uint8_t {
 struct PrunerConfig {
   PrunerType type = PrunerType::kNone;
   float threshold = 1.0f;
-  int min_tokens = 0;        // per query head; the largest weights fill up
-  bool share_group = false;  // every query head attends to what its group has kept
+  int min_tokens = 0;  // per query head; the largest weights fill up
+  // A query head prunes what its group has selected, and attends to what its group has kept.
+  bool share_group = false;
 };
 
 enum class TailType : uint8_t {

@@ -45,14 +45,11 @@ SidecarKind MirrorKindOf(EstimatorType type) {
 
 void Estimate(const EstimateParams& params) {
   CheckKeys(params.keys, params.num_heads, params.head_dim);
-  const EstimateCall call = {&params.keys,
-                             params.queries,
-                             params.num_heads,
-                             params.head_dim,
-                             params.masks,
-                             params.logits,
-                             params.begin_block,
-                             std::min(params.end_block, params.keys.num_blocks)};
+  const EstimateCall call = {
+      &params.keys,       params.queries,
+      params.num_heads,   params.head_dim,
+      params.masks,       params.logits,
+      params.begin_block, std::min(params.end_block, params.keys.num_blocks)};
   if (params.estimator.type == EstimatorType::kNone) {
     EstimateFromKeys(call);
     return;
@@ -81,8 +78,8 @@ void EstimateFromLabels(const EstimateFromLabelsParams& params) {
     for (int i = 0; i < num_labels; ++i) gathered[i] = query[channels[i]];
     std::fill(gathered + num_labels, gathered + padded, 0.0f);
   }
-  const EstimateCall call = {&params.keys, queries,       params.num_heads, padded,
-                             params.masks, params.logits, 0,                params.keys.num_blocks};
+  const EstimateCall call = {&params.keys,  queries, params.num_heads,      padded, params.masks,
+                             params.logits, 0,       params.keys.num_blocks};
   const Mirror mirror = {SidecarKind::kLabels, bits, NumQuantRows(num_labels, bits)};
   EstimateFromMirror(call, mirror);
 }

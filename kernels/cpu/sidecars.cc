@@ -196,6 +196,7 @@ FilledBlocks FilledBlocksOf(const SequenceBatch& batch, int seq) {
 void CheckParams(const UpdateSidecarsParams& params) {
   const KvLayout& layout = params.kv.layout;
   GLOAM_CHECK(params.sidecars.num_kv_heads == layout.num_kv_heads);
+  GLOAM_CHECK(params.sidecars.num_blocks == params.kv.num_blocks);
   for (int i = 0; i < kNumSidecarKinds; ++i) {
     const int64_t bytes =
         SidecarBytes(static_cast<SidecarKind>(i), *params.sidecars.config, layout);

@@ -1,6 +1,7 @@
 // Sparse decode attention: a task per (row, KV head) that runs all stages on one thread; threads
-// that have no task help with the stages that look at every candidate. The stages themselves are in kernels/selectors/, estimate.cc and prune.cc; what is kept is attended by the
-// arithmetic of dense attention (attention_tile.h) over a gathered copy.
+// that have no task help with the stages that look at every candidate. The stages themselves are in
+// kernels/selectors/, estimate.cc and prune.cc; what is kept is attended by the arithmetic of dense
+// attention (attention_tile.h) over a gathered copy.
 #include "kernels/sparse_attention.h"
 
 #include <algorithm>
@@ -113,6 +114,15 @@ class StageClock {
   Clock::time_point last_;
 };
 
+void AddTokens(const TokenMask* more, int64_t num_blocks, TokenMask* masks) {
+  for (int64_t i = 0; i < num_blocks; ++i) masks[i] |= more[i];
+}
+
+// `bytes` is a multiple of 32, as rows are; a call of memcpy for so few costs more than the copy.
+inline void CopyRow(const char* from, int64_t bytes, char* to) {
+  for (int64_t i = 0; i < bytes; i += 32) std::memcpy(to + i, from + i, 32);
+}
+
 // All stages for one row and KV head.
 class HeadTask {
  public:
@@ -132,6 +142,9 @@ class HeadTask {
   void ComputeOpenLogits();
   void Prune();
   void Unite();
+  // out[block] := union of the heads' masks, [num_heads][num_blocks]; `out` may be the first row.
+  void UniteHeads(const TokenMask* masks, TokenMask* out) const;
+  void CopyToOtherHeads(TokenMask* masks) const;
   void Attend();
   // Attends to the first `count` tokens of memory_.gathered.
   void AttendGathered(int count);
@@ -155,6 +168,10 @@ class HeadTask {
   float* RowOf(float* rows, int head) const { return rows + head * num_blocks_ * kBlockTokens; }
   // Whether the heads of the group may attend to different tokens.
   bool UsesRowMasks() const { return !policy_.pruner.share_group && num_heads_ > 1; }
+  // What one head selects is estimated for the whole group: with shared sets all may keep it.
+  bool SharesCandidates() const {
+    return policy_.pruner.share_group && policy_.pruner.type != PrunerType::kNone;
+  }
   bool NeedsEstimate() const {
     return policy_.pruner.type != PrunerType::kNone || policy_.tail != TailType::kNone ||
            policy_.use_estimated_weights_in_attn;
@@ -262,9 +279,7 @@ void HeadTask::SetCandidates() {
     const TokenMask* prompt = row_.compressed->Head(params_.layer, kv_head_);
     std::copy_n(prompt, std::min(row_.compressed->num_blocks, num_blocks_), memory_.masks);
   }
-  for (int head = 1; head < num_heads_; ++head) {
-    std::copy_n(memory_.masks, num_blocks_, MasksOf(memory_.masks, head));
-  }
+  CopyToOtherHeads(memory_.masks);
 }
 
 void HeadTask::SetAlwaysKept() {
@@ -302,12 +317,14 @@ void HeadTask::Select(SelectionMemory& selections, size_t slot) {
   if (select.remember) {
     selections.Remember(slot, {memory_.masks, static_cast<size_t>(num_heads_ * num_blocks_)});
   }
+  const bool share = SharesCandidates();
+  if (share) UniteHeads(memory_.masks, memory_.masks);
+  for (int head = 0; head < (share ? 1 : num_heads_); ++head) {
+    AddTokens(memory_.always_kept, num_blocks_, MasksOf(memory_.masks, head));
+  }
+  if (share) CopyToOtherHeads(memory_.masks);
   for (int head = 0; head < num_heads_; ++head) {
-    TokenMask* masks = MasksOf(memory_.masks, head);
-    for (int64_t block = 0; block < num_blocks_; ++block) {
-      masks[block] |= memory_.always_kept[block];
-    }
-    num_candidates_ += CountTokens(masks, num_blocks_);
+    num_candidates_ += CountTokens(MasksOf(memory_.masks, head), num_blocks_);
   }
 }
 
@@ -316,11 +333,14 @@ void HeadTask::DropOtherBlocks() {
   if (policy_.tail != TailType::kNone && policy_.tail_block != kBlockTokens) return;
   int64_t count = 0;
   int32_t* table = memory_.block_table;
+  const TokenMask* any = memory_.masks;
+  if (!SharesCandidates()) {
+    UniteHeads(memory_.masks, memory_.loaded);
+    any = memory_.loaded;
+  }
   for (int64_t block = 0; block < num_blocks_; ++block) {
-    TokenMask any = kNoTokens;
-    for (int head = 0; head < num_heads_; ++head) any |= MasksOf(memory_.masks, head)[block];
     table[count] = static_cast<int32_t>(block);
-    count += any != kNoTokens;
+    count += any[block] != kNoTokens;
   }
   if (count == num_blocks_) return;
   for (int head = 0; head < num_heads_; ++head) {
@@ -389,14 +409,22 @@ void HeadTask::Prune() {
 
 // What the group reads; with share_group it is also what each of its heads attends to.
 void HeadTask::Unite() {
-  std::copy_n(memory_.kept, num_blocks_, memory_.loaded);
-  for (int head = 1; head < num_heads_; ++head) {
-    const TokenMask* kept = MasksOf(memory_.kept, head);
-    for (int64_t block = 0; block < num_blocks_; ++block) memory_.loaded[block] |= kept[block];
-  }
+  UniteHeads(memory_.kept, memory_.loaded);
   if (!policy_.pruner.share_group) return;
-  for (int head = 0; head < num_heads_; ++head) {
-    std::copy_n(memory_.loaded, num_blocks_, MasksOf(memory_.kept, head));
+  std::copy_n(memory_.loaded, num_blocks_, memory_.kept);
+  CopyToOtherHeads(memory_.kept);
+}
+
+void HeadTask::UniteHeads(const TokenMask* masks, TokenMask* out) const {
+  if (out != masks) std::copy_n(masks, num_blocks_, out);
+  for (int head = 1; head < num_heads_; ++head) {
+    AddTokens(masks + head * num_blocks_, num_blocks_, out);
+  }
+}
+
+void HeadTask::CopyToOtherHeads(TokenMask* masks) const {
+  for (int head = 1; head < num_heads_; ++head) {
+    std::copy_n(masks, num_blocks_, MasksOf(masks, head));
   }
 }
 
@@ -412,8 +440,8 @@ void HeadTask::Gather(int64_t token, int slot) {
   const int64_t offset = slot % kBlockTokens * row_bytes_;
   char* keys = memory_.gathered + block * 2 * run_bytes_ + offset;
   const char* from = KeyRow(token);
-  std::memcpy(keys, from, row_bytes_);
-  std::memcpy(keys + run_bytes_, from + params_.kv.layout.num_kv_heads * run_bytes_, row_bytes_);
+  CopyRow(from, row_bytes_, keys);
+  CopyRow(from + params_.kv.layout.num_kv_heads * run_bytes_, row_bytes_, keys + run_bytes_);
 }
 
 void HeadTask::GatherMasks(int64_t token, int slot) {
@@ -617,7 +645,8 @@ void SparseAttention(const SparseAttentionParams& params, ThreadPool& pool, Scra
     const SparseRow& row = params.rows[index / num_kv_heads];
     const int kv_head = static_cast<int>(index % num_kv_heads);
     const size_t slot = static_cast<size_t>(row.token) * num_kv_heads + kv_head;
-    params.stats[index] = HeadTask(params, row, kv_head, task_memory, {pool, thread}).Run(memory, slot);
+    params.stats[index] =
+        HeadTask(params, row, kv_head, task_memory, {pool, thread}).Run(memory, slot);
   });
 }
 

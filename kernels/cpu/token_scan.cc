@@ -20,9 +20,9 @@ namespace gloam::cpu {
 // The order of floats as integers: negative ones have their magnitude inverted. Its own inverse.
 inline int32_t OrderBits(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
-// A key in (min, max] that splits the keys between them: the middle of the values, or of their bits.
-// The first suits logits, the second weights, which span many powers of two; the second also bounds
-// the number of splits whatever the values are.
+// A key in (min, max] that splits the keys between them: the middle of the values, or of their
+// bits. The first suits logits, the second weights, which span many powers of two; the second also
+// bounds the number of splits whatever the values are.
 inline int32_t PivotOf(int32_t min, int32_t max, bool by_value) {
   if (by_value) {
     const float low = std::bit_cast<float>(OrderBits(min));
@@ -167,11 +167,13 @@ double ExpWeightsTarget(const float* logits, const TokenMask* masks, int64_t num
     }
     for (int lane = 0; lane < kBlockTokens; lane += kLanes) {
       const VF logit = LoadFinite(logits + block * kBlockTokens + lane);
-      const VF weight = hn::Exp(d, hn::Sub(logit, reference));
-      const MI lanes = LanesOf(uint32_t{masks[block]} >> lane);
-      const VF counted = hn::IfThenElseZero(hn::RebindMask(d, lanes), weight);
-      hn::StoreU(counted, d, out + lane);
-      sum.Add(counted);
+      VF weight = hn::Exp(d, hn::Sub(logit, reference));
+      if (masks[block] != kAllTokens) {
+        const MI lanes = LanesOf(uint32_t{masks[block]} >> lane);
+        weight = hn::IfThenElseZero(hn::RebindMask(d, lanes), weight);
+      }
+      hn::StoreU(weight, d, out + lane);
+      sum.Add(weight);
     }
   }
   return sum.Total();

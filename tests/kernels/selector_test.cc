@@ -154,6 +154,7 @@ class Context {
     config_.label_channels = channels_;
     sidecars_.config = &config_;
     sidecars_.num_kv_heads = shape_.num_kv_heads;
+    sidecars_.num_blocks = kv_.num_blocks;
     for (int i = 0; i < kNumSidecarKinds; ++i) {
       const int64_t bytes = SidecarBytes(static_cast<SidecarKind>(i), config_, kv_.layout);
       memory_[i].resize(static_cast<size_t>(bytes * shape_.num_kv_heads * kv_.num_blocks) + 64);

@@ -70,6 +70,7 @@ struct SidecarCache {
     kv.data = kv_memory.data();
     sidecars.config = &config;
     sidecars.num_kv_heads = layout.num_kv_heads;
+    sidecars.num_blocks = num_blocks;
     sidecar_memory.reserve(kNumSidecarKinds);
     for (int k = 0; k < kNumSidecarKinds; ++k) {
       sidecars.head_bytes[k] = SidecarBytes(static_cast<SidecarKind>(k), config, layout);

@@ -79,6 +79,7 @@ class Fixture {
     config_.block_quant_bits = config_.min_max_quant_bits = config_.max_quant_bits = 4;
     sidecars_.config = &config_;
     sidecars_.num_kv_heads = shape.num_kv_heads;
+    sidecars_.num_blocks = kv_.num_blocks;
     for (int kind = 0; kind < kNumSidecarKinds; ++kind) {
       const int64_t bytes = SidecarBytes(static_cast<SidecarKind>(kind), config_, kv_.layout);
       sidecars_.head_bytes[kind] = bytes;
@@ -267,12 +268,15 @@ TEST_CASE("Given sets: the group's union is read, each head attends to its own o
   const HashSelector selector(9);
   for (const Shape& shape : kShapes) {
     for (const int length : {1, 40, 800}) {
-      for (const bool share : {false, true}) {
-        CAPTURE(shape.num_kv_heads, shape.heads_per_kv, shape.head_dim, length, share);
+      for (const auto& [share, pruner] : {std::pair{false, PrunerType::kNone},
+                                          {true, PrunerType::kNone},
+                                          {false, PrunerType::kTopP},
+                                          {true, PrunerType::kTopP}}) {
+        CAPTURE(shape.num_kv_heads, shape.heads_per_kv, shape.head_dim, length, share, pruner);
         Fixture fixture(shape, length, 100 + length, 2);
         SparsityPolicy policy;
         policy.selector.selector = &selector;
-        policy.pruner.share_group = share;
+        policy.pruner = {.type = pruner, .threshold = 1.0f, .share_group = share};
         policy.sink_tokens = 5;
         policy.recent_tokens = 19;
         const int position = length - 1;
@@ -292,8 +296,13 @@ TEST_CASE("Given sets: the group's union is read, each head attends to its own o
             }
           }
           CHECK(stats[kv_head].context == length);
+          const auto num_loaded = std::count(loaded.begin(), loaded.end(), true);
+          // A pruner with shared sets chooses from the candidates of all heads, here all of them.
+          if (share && pruner == PrunerType::kTopP) {
+            num_kept = static_cast<int>(num_loaded) * shape.heads_per_kv;
+          }
           CHECK(stats[kv_head].kept == Approx(static_cast<double>(num_kept) / shape.heads_per_kv));
-          CHECK(stats[kv_head].loaded == std::count(loaded.begin(), loaded.end(), true));
+          CHECK(stats[kv_head].loaded == num_loaded);
           for (int head = 0; head < shape.heads_per_kv; ++head) {
             const std::vector<double> expected =
                 Reference(fixture, position, kv_head, head, share ? loaded : keeps[head], false);

@@ -37,6 +37,42 @@ TEST_CASE("Many short regions in a row see each other's results") {
   for (int64_t task = 0; task < 16; ++task) CHECK(values[task] == 20000 * task + 10000);
 }
 
+TEST_CASE("Threads without a task help inside the tasks of others") {
+  ThreadPool pool(3);
+  for (int round = 0; round < 200; ++round) {
+    // Two tasks for three threads; each has loops inside, one after another.
+    std::vector<std::vector<int>> runs(2, std::vector<int>(50, 0));
+    pool.ParallelFor(2, [&](int64_t task, int thread) {
+      for (int loop = 0; loop < 3; ++loop) {
+        InnerLoop(pool, thread).For(50, [&](int64_t i, int) { ++runs[task][i]; });
+      }
+    });
+    for (const std::vector<int>& of_task : runs) REQUIRE(of_task == std::vector<int>(50, 3));
+  }
+  // One task only has work: sooner or later another thread is seen at it.
+  std::atomic<bool> helped{false};
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (!helped && std::chrono::steady_clock::now() < give_up) {
+    pool.ParallelFor(2, [&](int64_t task, int owner) {
+      if (task == 1) return;
+      InnerLoop(pool, owner).For(20, [&](int64_t, int thread) {
+        if (thread != owner) helped = true;
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      });
+    });
+  }
+  CHECK(helped);
+}
+
+TEST_CASE("Pieces of an inner loop cover its range") {
+  std::vector<int> seen(10, 0);
+  InnerLoop().ForPieces(10, 4, [&](int64_t begin, int64_t end) {
+    CHECK(end - begin <= 4);
+    for (int64_t i = begin; i < end; ++i) ++seen[i];
+  });
+  CHECK(seen == std::vector<int>(10, 1));
+}
+
 TEST_CASE("Workers that went to sleep wake up for the next region") {
   ThreadPool pool(3);
   for (int round = 0; round < 5; ++round) {
