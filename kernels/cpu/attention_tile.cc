@@ -597,7 +597,7 @@ void AttendPartitionOf(const AttentionTile& tile, int64_t partition, const TileW
     // The next group, of the next partition too, comes while this one is computed.
     const int64_t next = group + kGroupTokens;
     const int64_t next_tokens =
-        std::clamp<int64_t>(tile.end() - next, 0, static_cast<int64_t>(kGroupTokens));
+        tile.in_cache ? 0 : std::clamp<int64_t>(tile.end() - next, 0, kGroupTokens);
     BlockPrefetcher next_blocks(tile.kv, tile.kv_head, tile.num_kv_heads,
                                 tile.block_table + next / kBlockTokens,
                                 (next_tokens + kBlockTokens - 1) / kBlockTokens);

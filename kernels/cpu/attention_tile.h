@@ -40,6 +40,7 @@ struct AttentionTile {
   // [heads_per_kv][logits_stride].
   const float* logits = nullptr;
   int64_t logits_stride = 0;
+  bool in_cache = false;  // keys and values have just been written: nothing is prefetched
 
   int rows_per_kv_head() const { return num_tokens * heads_per_kv; }
   int num_rows() const { return num_kv_heads * rows_per_kv_head(); }

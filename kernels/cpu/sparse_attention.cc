@@ -501,6 +501,7 @@ void HeadTask::AttendGathered(int count) {
   tile.heads_per_kv = num_heads_;
   tile.first_position = count - 1;
   tile.window = std::numeric_limits<int32_t>::max();
+  tile.in_cache = true;
   if (UsesRowMasks()) {
     tile.row_masks = memory_.row_masks;
     tile.row_mask_stride = kPartitionGroups;

@@ -24,6 +24,10 @@ inline float LeftMass(const float* weights, TokenMask kept) {
   const DF d;
   const auto left = static_cast<TokenMask>(~kept);
   VF sum = hn::Zero(d);
+  if (left == kAllTokens) {
+    for (int i = 0; i < kBlockTokens; i += kLanes) sum = hn::Add(sum, hn::LoadU(d, weights + i));
+    return hn::GetLane(hn::SumOfLanes(d, sum));
+  }
   for (int i = 0; i < kBlockTokens; i += kLanes) {
     uint8_t bits[8] = {};
     const uint32_t lanes = static_cast<uint32_t>(left) >> i;
