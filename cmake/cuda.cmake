@@ -45,6 +45,18 @@ set(GLOAM_CUDA_FLAGS
 # Everything that only CUDA builds have: tests and benches.
 add_custom_target(gloam_cuda_all)
 
+# gloam_cuda_test(NAME SOURCES ... LIBS ... [LABELS ...]): a test that needs a GPU. Without one its
+# main() ends with status 77 and it counts as skipped.
+function(gloam_cuda_test name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;LIBS;LABELS" ${ARGN})
+  add_executable(${name} ${ARG_SOURCES})
+  target_link_libraries(${name} PRIVATE ${ARG_LIBS})
+  add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
+  set(labels cuda ${ARG_LABELS})
+  set_tests_properties(${name} PROPERTIES SKIP_RETURN_CODE 77 LABELS "${labels}")
+  add_dependencies(gloam_cuda_all ${name})
+endfunction()
+
 # gloam_use_cuda(TARGET [ARCHITECTURE ...]): compiles the .cu files of TARGET for these GPUs, without
 # any for all chosen ones, and links the runtime.
 function(gloam_use_cuda target)

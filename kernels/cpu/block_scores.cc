@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "kernels/cpu/estimate_kernels.h"
 #include "kernels/cpu/prefetch.h"
 #include "kernels/estimate.h"
 
@@ -104,13 +105,6 @@ void ScoreAllHeads(const BlockScores& work, const SignedQuery* queries, const in
   }
 }
 
-inline bool HasCandidate(const BlockScores& work, int64_t block) {
-  for (int head = 0; head < work.num_heads; ++head) {
-    if (work.masks[head * work.keys.num_blocks + block] != kNoTokens) return true;
-  }
-  return false;
-}
-
 template <typename T>
 void ScoreBlocksOf(const BlockScores& work) {
   const int64_t end = std::min(work.end_block, work.keys.num_blocks);
@@ -129,7 +123,7 @@ void ScoreBlocksOf(const BlockScores& work) {
     if (block + kPrefetchBlocks < end) {
       PrefetchRange(work.keys.Ranges(block + kPrefetchBlocks), range_bytes);
     }
-    if (!HasCandidate(work, block)) continue;
+    if (!HasCandidate(work.masks, work.num_heads, work.keys.num_blocks, block)) continue;
     tile[count++] = block;
     if (count < kBlockTile) continue;
     ScoreAllHeads<kBlockTile, T>(work, queries, tile);

@@ -63,9 +63,7 @@ class CandidateBlocks {
   // The next one, or -1.
   int64_t Next() {
     for (; next_ < end_; ++next_) {
-      for (int head = 0; head < num_heads_; ++head) {
-        if (masks_[head * num_blocks_ + next_] != kNoTokens) return next_++;
-      }
+      if (HasCandidate(masks_, num_heads_, num_blocks_, next_)) return next_++;
     }
     return -1;
   }

@@ -9,6 +9,14 @@
 
 namespace gloam::cpu {
 
+// Whether some head has a candidate in `block`; masks: [num_heads][num_blocks].
+inline bool HasCandidate(const TokenMask* masks, int num_heads, int64_t num_blocks, int64_t block) {
+  for (int head = 0; head < num_heads; ++head) {
+    if (masks[head * num_blocks + block] != kNoTokens) return true;
+  }
+  return false;
+}
+
 // What a mirror of the keys looks like.
 struct Mirror {
   SidecarKind kind = SidecarKind::kBlockQuant;

@@ -142,9 +142,10 @@ class HeadTask {
   void ComputeOpenLogits();
   void Prune();
   void Unite();
-  // out[block] := union of the heads' masks, [num_heads][num_blocks]; `out` may be the first row.
-  void UniteHeads(const TokenMask* masks, TokenMask* out) const;
-  void CopyToOtherHeads(TokenMask* masks) const;
+  // memory_.loaded := the union of the heads' masks, [num_heads][num_blocks].
+  void UniteHeads(const TokenMask* masks);
+  // Every head's masks := memory_.loaded.
+  void GiveToHeads(TokenMask* masks) const;
   void Attend();
   // Attends to the first `count` tokens of memory_.gathered.
   void AttendGathered(int count);
@@ -274,12 +275,12 @@ void HeadTask::StageQueries() {
 
 // Every full block, less what a compressor has dropped.
 void HeadTask::SetCandidates() {
-  std::fill_n(memory_.masks, num_blocks_, kAllTokens);
+  std::fill_n(memory_.loaded, num_blocks_, kAllTokens);
   if (row_.compressed != nullptr) {
     const TokenMask* prompt = row_.compressed->Head(params_.layer, kv_head_);
-    std::copy_n(prompt, std::min(row_.compressed->num_blocks, num_blocks_), memory_.masks);
+    std::copy_n(prompt, std::min(row_.compressed->num_blocks, num_blocks_), memory_.loaded);
   }
-  CopyToOtherHeads(memory_.masks);
+  GiveToHeads(memory_.masks);
 }
 
 void HeadTask::SetAlwaysKept() {
@@ -317,14 +318,14 @@ void HeadTask::Select(SelectionMemory& selections, size_t slot) {
   if (select.remember) {
     selections.Remember(slot, {memory_.masks, static_cast<size_t>(num_heads_ * num_blocks_)});
   }
-  const bool share = SharesCandidates();
-  if (share) UniteHeads(memory_.masks, memory_.masks);
-  for (int head = 0; head < (share ? 1 : num_heads_); ++head) {
-    AddTokens(memory_.always_kept, num_blocks_, MasksOf(memory_.masks, head));
+  if (SharesCandidates()) {
+    UniteHeads(memory_.masks);
+    GiveToHeads(memory_.masks);
   }
-  if (share) CopyToOtherHeads(memory_.masks);
   for (int head = 0; head < num_heads_; ++head) {
-    num_candidates_ += CountTokens(MasksOf(memory_.masks, head), num_blocks_);
+    TokenMask* masks = MasksOf(memory_.masks, head);
+    AddTokens(memory_.always_kept, num_blocks_, masks);
+    num_candidates_ += CountTokens(masks, num_blocks_);
   }
 }
 
@@ -333,14 +334,10 @@ void HeadTask::DropOtherBlocks() {
   if (policy_.tail != TailType::kNone && policy_.tail_block != kBlockTokens) return;
   int64_t count = 0;
   int32_t* table = memory_.block_table;
-  const TokenMask* any = memory_.masks;
-  if (!SharesCandidates()) {
-    UniteHeads(memory_.masks, memory_.loaded);
-    any = memory_.loaded;
-  }
+  UniteHeads(memory_.masks);
   for (int64_t block = 0; block < num_blocks_; ++block) {
     table[count] = static_cast<int32_t>(block);
-    count += any[block] != kNoTokens;
+    count += memory_.loaded[block] != kNoTokens;
   }
   if (count == num_blocks_) return;
   for (int head = 0; head < num_heads_; ++head) {
@@ -409,22 +406,20 @@ void HeadTask::Prune() {
 
 // What the group reads; with share_group it is also what each of its heads attends to.
 void HeadTask::Unite() {
-  UniteHeads(memory_.kept, memory_.loaded);
-  if (!policy_.pruner.share_group) return;
-  std::copy_n(memory_.loaded, num_blocks_, memory_.kept);
-  CopyToOtherHeads(memory_.kept);
+  UniteHeads(memory_.kept);
+  if (policy_.pruner.share_group) GiveToHeads(memory_.kept);
 }
 
-void HeadTask::UniteHeads(const TokenMask* masks, TokenMask* out) const {
-  if (out != masks) std::copy_n(masks, num_blocks_, out);
+void HeadTask::UniteHeads(const TokenMask* masks) {
+  std::copy_n(masks, num_blocks_, memory_.loaded);
   for (int head = 1; head < num_heads_; ++head) {
-    AddTokens(masks + head * num_blocks_, num_blocks_, out);
+    AddTokens(masks + head * num_blocks_, num_blocks_, memory_.loaded);
   }
 }
 
-void HeadTask::CopyToOtherHeads(TokenMask* masks) const {
-  for (int head = 1; head < num_heads_; ++head) {
-    std::copy_n(masks, num_blocks_, MasksOf(masks, head));
+void HeadTask::GiveToHeads(TokenMask* masks) const {
+  for (int head = 0; head < num_heads_; ++head) {
+    std::copy_n(memory_.loaded, num_blocks_, MasksOf(masks, head));
   }
 }
 

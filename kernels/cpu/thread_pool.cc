@@ -49,8 +49,9 @@ bool SpinUntil(const Done& done, Clock::duration limit) {
   }
 }
 
-// One word says all about the current job: how many workers are inside it, whether more may enter,
-// and its number. A worker that wakes late finds the job closed and is not waited for.
+// One word says all about a job: how many workers are inside it, whether more may enter, and (of
+// those that wake sleepers) its number. A worker that wakes late finds the job closed and is not
+// waited for.
 constexpr uint64_t kWorkerMask = 0xffff;
 constexpr uint64_t kOpen = uint64_t{1} << 16;
 constexpr uint64_t kNextJob = uint64_t{1} << 17;
@@ -60,14 +61,19 @@ uint64_t JobOf(uint64_t state) { return state / kNextJob; }
 }  // namespace
 
 struct ThreadPool::Impl {
-  // A loop inside a task: one per thread that may run tasks. `state` is kOpen while helpers may
-  // enter, plus the number of those inside; the other fields are written while it is neither.
-  struct InnerJob {
+  // Tasks that threads take one by one. The task and the count are written while the job is closed
+  // and empty, read by threads inside it.
+  struct Job {
     alignas(64) std::atomic<uint64_t> state{0};
     alignas(64) std::atomic<int64_t> next_task{0};
-    const TaskRef* task = nullptr;
+    alignas(64) const TaskRef* task = nullptr;
     int64_t num_tasks = 0;
 
+    void Set(const TaskRef& f, int64_t count) {
+      task = &f;
+      num_tasks = count;
+      next_task.store(0, std::memory_order_relaxed);
+    }
     void RunTasks(int thread) {
       for (;;) {
         const int64_t i = next_task.fetch_add(1, std::memory_order_relaxed);
@@ -75,16 +81,11 @@ struct ThreadPool::Impl {
         (*task)(i, thread);
       }
     }
+    bool IsEmpty() const { return (state.load(std::memory_order_acquire) & kWorkerMask) == 0; }
   };
-  std::vector<InnerJob> inner_jobs;  // by thread
+  Job job;
+  std::vector<Job> inner_jobs;  // loops inside tasks, by the thread that runs the task
   alignas(64) std::atomic<int> num_inner_jobs{0};
-
-  alignas(64) std::atomic<uint64_t> state{0};
-  alignas(64) std::atomic<int64_t> next_task{0};
-
-  // The job: written by the caller while it is closed and empty, read by workers inside it.
-  alignas(64) const TaskRef* task = nullptr;
-  int64_t num_tasks = 0;
 
   std::mutex mutex;
   std::condition_variable wake;
@@ -92,30 +93,22 @@ struct ThreadPool::Impl {
   std::atomic<bool> stopping{false};
   std::vector<std::thread> workers;
 
-  void RunTasks(int thread) {
-    for (;;) {
-      const int64_t i = next_task.fetch_add(1, std::memory_order_relaxed);
-      if (i >= num_tasks) return;
-      (*task)(i, thread);
-    }
-  }
-
   // For a thread without a task: works on the inner loops of the others.
   void HelpInside(int thread) {
     if (num_inner_jobs.load(std::memory_order_relaxed) == 0) return;
-    for (InnerJob& job : inner_jobs) {
-      uint64_t seen = job.state.load(std::memory_order_relaxed);
+    for (Job& inner : inner_jobs) {
+      uint64_t seen = inner.state.load(std::memory_order_relaxed);
       if ((seen & kOpen) == 0) continue;
-      if (!job.state.compare_exchange_strong(seen, seen + 1, std::memory_order_acquire)) continue;
-      job.RunTasks(thread);
-      job.state.fetch_sub(1, std::memory_order_release);
+      if (!inner.state.compare_exchange_strong(seen, seen + 1, std::memory_order_acquire)) continue;
+      inner.RunTasks(thread);
+      inner.state.fetch_sub(1, std::memory_order_release);
     }
   }
 
   void WorkerLoop(int thread) {
     uint64_t last_job = 0;
     const auto has_news = [&] {
-      const uint64_t now = state.load(std::memory_order_seq_cst);
+      const uint64_t now = job.state.load(std::memory_order_seq_cst);
       return ((now & kOpen) != 0 && JobOf(now) != last_job) || stopping.load();
     };
     const auto has_news_or_helps = [&] {
@@ -130,18 +123,18 @@ struct ThreadPool::Impl {
         num_sleepers.fetch_sub(1);
       }
       if (stopping.load()) return;
-      uint64_t seen = state.load(std::memory_order_acquire);
-      if ((seen & kOpen) == 0 || !state.compare_exchange_strong(seen, seen + 1)) continue;
+      uint64_t seen = job.state.load(std::memory_order_acquire);
+      if ((seen & kOpen) == 0 || !job.state.compare_exchange_strong(seen, seen + 1)) continue;
       last_job = JobOf(seen);
-      RunTasks(thread);
-      state.fetch_sub(1, std::memory_order_release);
+      job.RunTasks(thread);
+      job.state.fetch_sub(1, std::memory_order_release);
     }
   }
 };
 
 ThreadPool::ThreadPool(int num_threads) : impl_(std::make_unique<Impl>()) {
   GLOAM_CHECK(num_threads >= 1 && num_threads < static_cast<int>(kWorkerMask));
-  impl_->inner_jobs = std::vector<Impl::InnerJob>(static_cast<size_t>(num_threads));
+  impl_->inner_jobs = std::vector<Impl::Job>(static_cast<size_t>(num_threads));
   for (int thread = 1; thread < num_threads; ++thread) {
     impl_->workers.emplace_back([impl = impl_.get(), thread] { impl->WorkerLoop(thread); });
   }
@@ -164,21 +157,19 @@ void ThreadPool::ParallelFor(int64_t num_tasks, TaskRef f) {
     return;
   }
   Impl& impl = *impl_;
-  impl.task = &f;
-  impl.num_tasks = num_tasks;
-  impl.next_task.store(0, std::memory_order_relaxed);
+  impl.job.Set(f, num_tasks);
   // seq_cst here and on num_sleepers: either this thread sees the sleeper, or it sees the job.
-  impl.state.fetch_add(kNextJob | kOpen, std::memory_order_seq_cst);
+  impl.job.state.fetch_add(kNextJob | kOpen, std::memory_order_seq_cst);
   if (impl.num_sleepers.load(std::memory_order_seq_cst) > 0) {
     { std::lock_guard lock(impl.mutex); }
     impl.wake.notify_all();
   }
-  impl.RunTasks(0);
-  impl.state.fetch_and(~kOpen, std::memory_order_acq_rel);
+  impl.job.RunTasks(0);
+  impl.job.state.fetch_and(~kOpen, std::memory_order_acq_rel);
   SpinUntil(
       [&] {
         impl.HelpInside(0);
-        return (impl.state.load(std::memory_order_acquire) & kWorkerMask) == 0;
+        return impl.job.IsEmpty();
       },
       Clock::duration::max());
 }
@@ -188,17 +179,14 @@ void ThreadPool::ParallelForInside(int thread, int64_t num_tasks, TaskRef f) {
     for (int64_t i = 0; i < num_tasks; ++i) f(i, thread);
     return;
   }
-  Impl::InnerJob& job = impl_->inner_jobs[thread];
-  job.task = &f;
-  job.num_tasks = num_tasks;
-  job.next_task.store(0, std::memory_order_relaxed);
+  Impl::Job& job = impl_->inner_jobs[thread];
+  job.Set(f, num_tasks);
   job.state.fetch_add(kOpen, std::memory_order_release);
   impl_->num_inner_jobs.fetch_add(1, std::memory_order_relaxed);
   job.RunTasks(thread);
   impl_->num_inner_jobs.fetch_sub(1, std::memory_order_relaxed);
   job.state.fetch_sub(kOpen, std::memory_order_acq_rel);
-  SpinUntil([&] { return (job.state.load(std::memory_order_acquire) & kWorkerMask) == 0; },
-            Clock::duration::max());
+  SpinUntil([&] { return job.IsEmpty(); }, Clock::duration::max());
 }
 
 }  // namespace gloam::cpu

@@ -17,6 +17,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/decode_attention.h"
 #include "kernels/cuda/decode_merge.cuh"
 #include "kernels/cuda/decode_units.cuh"
@@ -28,13 +29,6 @@ namespace decode {
 __device__ __forceinline__ void CopyAsync(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global)
                : "memory");
-}
-__device__ __forceinline__ void CommitCopies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void WaitForCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
@@ -332,7 +326,7 @@ __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
   const int num_units = shared.first_unit[p.num_rows] * num_groups;
   const float scale_log2 = p.scale * 1.44269504f;
   RunStream<T, kHeadDim> stream(p, num_groups, shared);
-  const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(shared.rings[warp]));
+  const uint32_t ring = SharedAddress(shared.rings[warp]);
   int asked = 0;
   for (; asked < kAhead && stream.IsOld(); ++asked) stream.Copy(ring + asked * R::kBytes);
   WaitForEarlierKernels();

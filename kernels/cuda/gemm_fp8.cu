@@ -17,13 +17,6 @@ constexpr int kStageBytes = kUnitRows * kStageColumns;
 constexpr float kLargestE4M3 = 448;
 constexpr int kThreads = 256;
 
-__host__ __device__ constexpr int64_t NumStages(int64_t cols) {
-  return (cols + kStageColumns - 1) / kStageColumns;
-}
-__host__ __device__ constexpr int64_t NumUnits(int64_t rows) {
-  return (rows + kUnitRows - 1) / kUnitRows;
-}
-
 // Two e4m3 in bits [0, 8) and [16, 24) (odd: [8, 16) and [24, 32)) as bf16: the bits in the places
 // of bf16's make 2^-120 of the value, subnormals included.
 __device__ __forceinline__ uint32_t UnpackPair(uint32_t word, bool odd) {

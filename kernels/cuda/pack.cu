@@ -18,9 +18,6 @@ constexpr int kThreads = 256;
 
 int64_t NumBlocks(int64_t num_threads) { return (num_threads + kThreads - 1) / kThreads; }
 
-int64_t NumStages(int64_t cols) { return (cols + kStageColumns - 1) / kStageColumns; }
-int64_t NumUnits(int64_t rows) { return (rows + kUnitRows - 1) / kUnitRows; }
-
 // Calls function.operator()<type>() for a quantised type.
 template <typename Function>
 void DispatchQuantized(WeightType type, Function&& function) {

@@ -16,8 +16,7 @@
 //   Q4_0 Q5_0 Q8_0  [4 runs][16 rows] fp16
 //   Q4_1 Q5_1       [4 runs][16 rows] fp16 scale, fp16 min
 //   Q4_K Q5_K       [16 rows] fp16 scale, fp16 min; [16 rows] word, [16 rows] half word: 6 bits
-//   each
-//                   of sub-scale and sub-min of four runs, 48 in all, low bits first
+//                   each of sub-scale and sub-min of four runs, 48 in all, low bits first
 //   Q6_K            [16 rows] fp16 scale; [4 runs][16 rows] two sub-scales, 128 added, as bytes
 #pragma once
 
@@ -27,6 +26,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/cuda/gemm_params.h"
 #include "kernels/quant_block.h"
 
 namespace gloam::cuda {
@@ -34,6 +34,13 @@ namespace gloam::cuda {
 inline constexpr int kStageColumns = 128;
 inline constexpr int kSubScaleBias = 128;  // of Q6_K
 inline constexpr int kRunsPerStage = kStageColumns / kRunElements;
+
+__host__ __device__ constexpr int64_t NumStages(int64_t cols) {
+  return (cols + kStageColumns - 1) / kStageColumns;
+}
+__host__ __device__ constexpr int64_t NumUnits(int64_t rows) {
+  return (rows + kUnitRows - 1) / kUnitRows;
+}
 
 // Column within its run of the i-th (0..7) element that lane 4g + t holds. Q6_K has a scale per 16
 // columns, so that each of the two products of a run must stay within one half.
