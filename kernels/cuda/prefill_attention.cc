@@ -153,6 +153,7 @@ void FlashInferPrefill::PlanFa3Works(const AttentionPlanParams& params,
   fa3_.num_kv_heads = shape.num_kv_heads;
   fa3_.block_tables = params.batch.block_tables;
   fa3_.window_left = shape.window_left;
+  fa3_.num_thread_blocks = shape.num_sms;
   fa3_.stream = context_.stream;
   fa3_.work_begins = writer->Add(shape.num_sms + 1, [&](int64_t i) { return plan.begins[i]; });
   fa3_.work_heads = writer->Add(num_works, [&](int64_t i) { return plan.works[i].head; });
@@ -239,8 +240,8 @@ void FlashInferPrefill::RunFa3([[maybe_unused]] const AttentionParams& params) c
   fa3.q = params.q.data;
   fa3.q_token_stride = params.q.strides[0];
   fa3.q_head_stride = params.q.strides[1];
-  fa3.keys = params.kv.Keys<uint16_t>(0, 0);
-  fa3.values = params.kv.Values<uint16_t>(0, 0);
+  fa3.cache = params.kv.data;
+  fa3.num_blocks = params.kv.num_blocks;
   fa3.scale = params.scale;
   fa3.out = params.out.data;
   const bool is_bf16 = params.q.dtype == DType::kBF16;

@@ -14,12 +14,12 @@ struct Fa3Params {
   int64_t q_token_stride = 0;
   int64_t q_head_stride = 0;
   int64_t num_tokens = 0;
-  const void* keys = nullptr;    // [num_blocks] of [num_kv_heads, 16, head_dim], a block apart
-  const void* values = nullptr;  // likewise
+  const void* cache = nullptr;  // [num_blocks][K|V][num_kv_heads][16][head_dim]
+  int64_t num_blocks = 0;
   int num_heads = 0;
   int num_kv_heads = 0;
   const int32_t* block_tables = nullptr;       // the batch's, flat
-  const int32_t* work_begins = nullptr;        // [num_sms + 1] first item of each thread block
+  const int32_t* work_begins = nullptr;        // [num_thread_blocks + 1] first item of each
   const int32_t* work_heads = nullptr;         // [works]
   const int32_t* work_tiles = nullptr;         // [works]
   const int32_t* work_q_begins = nullptr;      // [works] first row of q and out
@@ -29,6 +29,7 @@ struct Fa3Params {
   float scale = 0;
   int window_left = -1;  // tokens before its own that a query sees; -1: all
   void* out = nullptr;   // bf16 [num_tokens, num_heads, head_dim]
+  int num_thread_blocks = 0;
   cudaStream_t stream = nullptr;
 };
 

@@ -39,21 +39,21 @@ struct Seq {
 class Step {
  public:
   Step(const Shape& shape, std::vector<Seq> seqs) : shape_(shape), seqs_(std::move(seqs)) {
-    int num_blocks = 3;
+    num_blocks_ = 3;
     cu_seqlens_.push_back(0);
     for (const Seq& seq : seqs_) {
       cu_seqlens_.push_back(cu_seqlens_.back() + seq.tokens);
       context_lens_.push_back(seq.context);
       const int blocks = (seq.context + kBlockTokens - 1) / kBlockTokens;
-      num_blocks += blocks;
+      num_blocks_ += blocks;
       max_blocks_ = std::max(max_blocks_, blocks + 2);
     }
     layout_ = {shape.dtype, shape.num_kv_heads, shape.head_dim};
-    std::vector<int32_t> ids(num_blocks);
+    std::vector<int32_t> ids(num_blocks_);
     std::iota(ids.begin(), ids.end(), 0);
     std::shuffle(ids.begin(), ids.end(), std::mt19937(kSeed));
     block_tables_.assign(seqs_.size() * max_blocks_, 0x3FFFFFFF);
-    std::vector<float> kv(layout_.block_elements() * num_blocks, std::nanf(""));
+    std::vector<float> kv(layout_.block_elements() * num_blocks_, std::nanf(""));
     // As part of a fused QKV matrix: rows have a stride of their own.
     std::vector<float> q(num_tokens() * q_stride(), std::nanf(""));
     int next = 0;
@@ -114,7 +114,7 @@ class Step {
     params.q = TensorView::Contiguous(q.data(), shape_.dtype, Device::kCuda,
                                       {num_tokens(), shape_.num_heads(), shape_.head_dim});
     params.q.strides[0] = q_stride();
-    params.kv = {.data = kv.data(), .layout = layout_};
+    params.kv = {.data = kv.data(), .layout = layout_, .num_blocks = num_blocks_};
     params.scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
     params.sliding_window = shape_.window;
     params.out = TensorView::Contiguous(out.data(), DType::kBF16, Device::kCuda,
@@ -238,6 +238,7 @@ class Step {
   Shape shape_;
   std::vector<Seq> seqs_;
   KvLayout layout_;
+  int num_blocks_ = 0;
   int max_blocks_ = 0;
   std::vector<int32_t> cu_seqlens_, context_lens_, block_tables_;
   std::vector<uint16_t> kv_bits_, q_bits_;
