@@ -35,17 +35,17 @@ inline VF LoadRange(const T* from) {
   return hn::PromoteTo(DF(), hn::LoadU(hn::Rebind<T, DF>(), from));
 }
 
-// A query's negative channels, which meet the minima, and its others, which meet the maxima; zero
-// where the other has the channel.
-struct SignedQuery {
-  alignas(64) float negative[kMaxSidecarHeadDim];
-  alignas(64) float positive[kMaxSidecarHeadDim];
+// What a query's channels multiply minima and maxima by. With the whole range counted, negative
+// channels meet the minima alone and the others the maxima.
+struct RangeQuery {
+  alignas(64) float of_min[kMaxSidecarHeadDim];
+  alignas(64) float of_max[kMaxSidecarHeadDim];
 };
 
 // Scores of kBlocks blocks for kHeads heads: scores[h * stride + blocks[b]].
 template <int kHeads, int kBlocks, typename T>
-HWY_INLINE void ScoreTile(const BlockScores& work, const SignedQuery* queries,
-                          const int64_t* blocks, float* HWY_RESTRICT scores, int64_t stride) {
+HWY_INLINE void ScoreTile(const BlockScores& work, const RangeQuery* queries, const int64_t* blocks,
+                          float* HWY_RESTRICT scores, int64_t stride) {
   const DF d;
   const T* ranges[kBlocks];
   VF sums[kHeads][kBlocks];
@@ -64,11 +64,11 @@ HWY_INLINE void ScoreTile(const BlockScores& work, const SignedQuery* queries,
     }
     HWY_UNROLL(4)
     for (int h = 0; h < kHeads; ++h) {
-      const VF negative = hn::Load(d, queries[h].negative + c);
-      const VF positive = hn::Load(d, queries[h].positive + c);
+      const VF of_min = hn::Load(d, queries[h].of_min + c);
+      const VF of_max = hn::Load(d, queries[h].of_max + c);
       HWY_UNROLL(2)
       for (int b = 0; b < kBlocks; ++b) {
-        sums[h][b] = hn::MulAdd(positive, max[b], hn::MulAdd(negative, min[b], sums[h][b]));
+        sums[h][b] = hn::MulAdd(of_max, max[b], hn::MulAdd(of_min, min[b], sums[h][b]));
       }
     }
   }
@@ -83,10 +83,10 @@ HWY_INLINE void ScoreTile(const BlockScores& work, const SignedQuery* queries,
 
 // Scores of kBlocks blocks for all heads.
 template <int kBlocks, typename T>
-void ScoreAllHeads(const BlockScores& work, const SignedQuery* queries, const int64_t* blocks) {
+void ScoreAllHeads(const BlockScores& work, const RangeQuery* queries, const int64_t* blocks) {
   const int64_t stride = work.keys.num_blocks * kBlockTokens;
   for (int head = 0; head < work.num_heads; head += kHeadTile) {
-    const SignedQuery* of_tile = queries + head;
+    const RangeQuery* of_tile = queries + head;
     float* scores = work.scores + head * stride;
     switch (std::min(kHeadTile, work.num_heads - head)) {
       case 1:
@@ -109,12 +109,14 @@ template <typename T>
 void ScoreBlocksOf(const BlockScores& work) {
   const int64_t end = std::min(work.end_block, work.keys.num_blocks);
   const int64_t range_bytes = int64_t{2} * work.head_dim * static_cast<int64_t>(sizeof(T));
-  SignedQuery queries[kMaxGroupHeads];
+  RangeQuery queries[kMaxGroupHeads];
+  const float near = 0.5f * (1 + work.range_weight);  // the share of the end that the sign favours
+  const float far = 0.5f * (1 - work.range_weight);
   for (int head = 0; head < work.num_heads; ++head) {
     for (int c = 0; c < work.head_dim; ++c) {
       const float q = work.queries[head * work.head_dim + c];
-      queries[head].negative[c] = std::min(q, 0.0f);
-      queries[head].positive[c] = std::max(q, 0.0f);
+      queries[head].of_min[c] = q * (q < 0 ? near : far);
+      queries[head].of_max[c] = q * (q < 0 ? far : near);
     }
   }
   int64_t tile[kBlockTile];

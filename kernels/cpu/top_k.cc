@@ -21,16 +21,11 @@ void KeepTopTokens(const float* scores, int64_t count, int64_t num_blocks, Token
 }
 
 void KeepTopBlocks(const float* scores, int64_t count, int64_t num_blocks, TokenMask* masks) {
-  // Sixteen blocks are to this search what sixteen tokens are to the other.
   thread_local std::vector<TokenMask> groups;
-  groups.assign(static_cast<size_t>((num_blocks + 15) / 16), 0);
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    if (masks[i] != 0) groups[i / 16] |= static_cast<TokenMask>(1 << i % 16);
-  }
+  groups.resize(static_cast<size_t>((num_blocks + 15) / 16));
+  GroupBlocks(masks, num_blocks, groups.data());
   KeepTopTokens(scores, count, static_cast<int64_t>(groups.size()), groups.data());
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    if ((groups[i / 16] >> i % 16 & 1) == 0) masks[i] = kNoTokens;
-  }
+  KeepGroupedBlocks(groups.data(), num_blocks, masks);
 }
 
 }  // namespace gloam::cpu

@@ -1,5 +1,8 @@
 // Quest (arXiv 2406.10774): blocks are judged by a bound of their logits, from the range of their
-// keys in each channel.
+// keys in each channel. A policy may ask for a score nearer to the middle of the range, which ranks
+// blocks better than the bound does.
+#include <iterator>
+
 #include "kernels/cpu/block_scores.h"
 #include "kernels/cpu/top_k.h"
 #include "kernels/selectors/budget.h"
@@ -8,6 +11,7 @@
 namespace gloam {
 namespace {
 
+enum Key { kChunkSize = kNumBudgetKeys, kRangeWeight };
 constexpr NumberKey kKeys[] = {
     kTokenBudgetKey,
     kSparsityRateKey,
@@ -17,7 +21,15 @@ constexpr NumberKey kKeys[] = {
      .max = kBlockTokens,
      .use = KeyUse::kOptional,
      .default_value = kBlockTokens},
+    // 1: the bound; 0: the middle of the range.
+    {.name = "range_weight",
+     .min = 0,
+     .max = 1,
+     .integer = false,
+     .use = KeyUse::kOptional,
+     .default_value = 1},
 };
+static_assert(std::size(kKeys) == kRangeWeight + 1);
 
 // A piece of the scores takes a few microseconds.
 constexpr int64_t kBlocksPerPiece = 128;
@@ -42,6 +54,7 @@ class Quest final : public Selector {
                         .queries = params.queries,
                         .num_heads = params.num_heads,
                         .head_dim = params.head_dim,
+                        .range_weight = static_cast<float>(params.config->numbers[kRangeWeight]),
                         .masks = params.masks,
                         .scores = params.scratch,
                         .begin_block = begin,

@@ -757,5 +757,46 @@ TEST_CASE("quest selects whole blocks, those with the largest bounds", "[selecto
   }
 }
 
+// The middle of the range and `weight` of its half, which is Quest's bound at 1.
+double ScoreOf(const Context& context, int64_t block, int kv_head, int head, double weight) {
+  double score = 0;
+  for (int c = 0; c < context.shape().head_dim; ++c) {
+    double min = std::numeric_limits<double>::infinity();
+    double max = -min;
+    for (int i = 0; i < kBlockTokens; ++i) {
+      const double key = context.Key(block * kBlockTokens + i, kv_head, c);
+      min = std::min(min, key);
+      max = std::max(max, key);
+    }
+    const double q = context.query(head, c);
+    score += q * (min + max) / 2 + weight * std::fabs(q) * (max - min) / 2;
+  }
+  return score;
+}
+
+TEST_CASE("Block scores count a part of the range", "[selector]") {
+  std::mt19937 rng(kSeed + 12);
+  const Context context({.length = 200}, rng);
+  const std::vector<TokenMask> masks = AllCandidates(context);
+  const int64_t stride = context.num_blocks() * kBlockTokens;
+  for (const float weight : {0.0f, 0.25f, 0.5f, 1.0f}) {
+    std::vector<float> scores(static_cast<size_t>(context.shape().num_heads * stride));
+    ScoreBlocks({.keys = context.Keys(1),
+                 .queries = context.queries(),
+                 .num_heads = context.shape().num_heads,
+                 .head_dim = context.shape().head_dim,
+                 .range_weight = weight,
+                 .masks = masks.data(),
+                 .scores = scores.data()});
+    for (int head = 0; head < context.shape().num_heads; ++head) {
+      for (int64_t block = 0; block < context.num_blocks(); ++block) {
+        CAPTURE(weight, head, block);
+        const double exact = ScoreOf(context, block, 1, head, double{weight});
+        CHECK(std::fabs(scores[head * stride + block] - exact) <= RoundingOf(context, 1));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace gloam::cpu
