@@ -199,6 +199,7 @@ Bench::Times Bench::Measure(int batch, int chunk, int num_tokens) const {
            .num_rows = std::min(rows_per_launch, num_rows - row),
            .rows = chunk == 1 ? DecodeRows::kSingleTokens : DecodeRows::kEveryToken,
            .scale = 1 / std::sqrt(static_cast<float>(shape_.head_dim)),
+           .balanced = chunk == 1,
            .max_splits = max_splits,
            .partials = static_cast<float*>(partials.data()),
            .arrivals = static_cast<int32_t*>(arrivals.data())},

@@ -122,6 +122,7 @@ void Backend::Decode(const AttentionParams& params, DecodeRows rows, int num_row
       .rows = rows,
       .scale = params.scale,
       .window = params.sliding_window,
+      .balanced = !context_.options.batch_invariant,
       .max_splits = max_splits_,
       .partials = static_cast<float*>(partials_.data()),
       .arrivals = static_cast<int32_t*>(arrivals_.data()),

@@ -1,6 +1,6 @@
 // Attention of single query tokens over the paged KV cache: split along the context, merged on the
-// device. A row's arithmetic is a pure function of its context length and of the shape, so its bits
-// depend neither on the rest of the batch nor on the GPU.
+// device. Where the batch is not balanced, a row's arithmetic is a pure function of its context
+// length and of the shape, so its bits depend neither on the rest of the batch nor on the GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -49,7 +49,9 @@ struct DecodeAttentionParams {
   DecodeRows rows = DecodeRows::kSingleTokens;
 
   float scale = 0;
-  int window = 0;      // tokens that a query sees, itself included; 0: all
+  int window = 0;  // tokens that a query sees, itself included; 0: all
+  // Cuts contexts into no more pieces than the batch's work needs to keep the GPU busy.
+  bool balanced = false;
   int max_splits = 0;  // of a row: DecodeSplits of the longest context, or more
 
   // Scratch; only one launch at a time may use it.

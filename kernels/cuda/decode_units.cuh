@@ -16,6 +16,9 @@ constexpr int kMergeWarps = 4;
 constexpr int kMergeThreads = 32 * kMergeWarps;
 constexpr int kThreads = kComputeThreads + kMergeThreads;
 constexpr int kMergeLoads = 16;  // partials that a thread loads at once
+// Units of a thread block, about, where contexts are cut by the batch's work: fewer would leave SMs
+// idle at the end, and a unit costs its merging.
+constexpr int kBalancedUnits = 8;
 static_assert(kMaxDecodeRows <= kComputeThreads, "a thread plans a row");
 static_assert(kMaxDecodeSplits % kMergeLoads == 0);
 
@@ -145,8 +148,19 @@ __device__ void PlanRows(const DecodeAttentionParams& p, int num_groups,
   const int i = threadIdx.x;
   Row row = {.seq = 0, .token = 0, .context = -1};
   if (i < p.num_rows) row = ReadRow(p, p.first_row + i);
+  const int num_blocks = row.context > 0 ? VisibleBlocks(p, row.context).count : 0;
   int sum = 0;  // splits of this row and those before it
-  if (row.context > 0) sum = DecodeSplits(VisibleBlocks(p, row.context).count, num_groups);
+  if (num_blocks > 0) sum = DecodeSplits(num_blocks, num_groups);
+  if (p.balanced && p.num_rows * num_groups > static_cast<int>(gridDim.x)) {
+    const int in_warp = __reduce_add_sync(~0u, num_blocks);
+    if (lane == 0 && warp < kWarps) shared.warp_sums[warp] = in_warp;
+    __syncthreads();
+    int64_t total = 0;
+    for (int w = 0; w < kWarps; ++w) total += shared.warp_sums[w];
+    const auto piece = static_cast<int>(total * num_groups / (gridDim.x * kBalancedUnits));
+    if (num_blocks > 0 && piece > 1) sum = min(sum, max(1, (num_blocks + piece / 2) / piece));
+    __syncthreads();
+  }
 #pragma unroll
   for (int delta = 1; delta < 32; delta *= 2) {
     const int other = __shfl_up_sync(~0u, sum, delta);

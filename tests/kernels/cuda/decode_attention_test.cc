@@ -31,7 +31,7 @@ struct Chunk {
 std::vector<uint16_t> Run(const PagedCache& cache, const CudaFixture& gpu,
                           const std::vector<Chunk>& chunks,
                           DecodeRows rows = DecodeRows::kSingleTokens,
-                          int max_heads_per_unit = kMaxDecodeHeads) {
+                          int max_heads_per_unit = kMaxDecodeHeads, bool balanced = false) {
   const AttentionShape& shape = cache.shape;
   const int width = shape.width();
   std::vector<int32_t> cu_seqlens = {0}, context_lens, block_tables;
@@ -83,6 +83,7 @@ std::vector<uint16_t> Run(const PagedCache& cache, const CudaFixture& gpu,
       .rows = rows,
       .scale = shape.scale(),
       .window = shape.window,
+      .balanced = balanced,
       .max_splits = num_splits,
       .partials = partials.data(),
       .arrivals = arrivals.data(),
@@ -160,6 +161,25 @@ TEST_CASE("decode attention over long contexts and many heads") {
   CheckAgainstReference(mha, Run(mha, gpu, WholeBatch(mha)));
   const PagedCache gqa({8, 4, 128, 0, DType::kBF16}, {700, 9001}, rng);
   CheckAgainstReference(gqa, Run(gqa, gpu, WholeBatch(gqa)));
+}
+
+TEST_CASE("decode attention balanced over a batch") {
+  CAPTURE(kSeed);
+  std::mt19937 rng(kSeed + 7);
+  const CudaFixture gpu;
+  for (const AttentionShape& shape :
+       {AttentionShape{8, 4, 128, 0, DType::kBF16}, AttentionShape{2, 3, 64, 300, DType::kF16}}) {
+    CAPTURE(shape.num_kv_heads, shape.head_dim);
+    // From pieces as short as may be to rows in one piece.
+    for (const int num_rows : {1, 20, 70, 200}) {
+      CAPTURE(num_rows);
+      std::vector<int> lengths = {6000, 0};
+      for (int i = 0; i < num_rows; ++i) lengths.push_back(1 + static_cast<int>(rng() % 900));
+      const PagedCache cache(shape, lengths, rng);
+      CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache), DecodeRows::kSingleTokens,
+                                       kMaxDecodeHeads, /*balanced=*/true));
+    }
+  }
 }
 
 TEST_CASE("decode attention with a sliding window") {
