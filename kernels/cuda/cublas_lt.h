@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <tuple>
 
 #include "absl/container/flat_hash_map.h"
@@ -50,6 +51,8 @@ class CublasLt {
   CublasLt() = default;
   Plan& PlanFor(const LargeProduct& product);
   std::unique_ptr<Plan> MakePlan(const LargeProduct& product);
+  // `results` are ordered by expected time, the shortest first.
+  cublasLtMatmulAlgo_t BestOf(std::span<const cublasLtMatmulHeuristicResult_t> results) const;
 
   std::unique_ptr<Functions> functions_;
   cublasLtHandle_t handle_ = nullptr;
