@@ -31,4 +31,11 @@ struct GemmParams {
   bool precise = false;
 };
 
+// The feed-forward network's first half: y = silu(x W_gate^T) * (x W_up^T).
+struct GatedGemmParams {
+  TensorView x;                    // [m, k], rows may be strided
+  const Weight* weight = nullptr;  // [2 n, k]: the gate's rows, then the up's
+  TensorView y;                    // [m, n], rows may be strided; not x
+};
+
 }  // namespace gloam

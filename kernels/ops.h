@@ -132,6 +132,8 @@ class Ops {
   virtual void SiluMul(const SiluMulParams& params) = 0;
   virtual void GatherRows(const GatherRowsParams& params) = 0;
   virtual void Gemm(const GemmParams& params) = 0;
+  // Returns false, with nothing done, where Gemm and SiluMul are as fast.
+  [[nodiscard]] virtual bool GatedGemm(const GatedGemmParams& /*params*/) { return false; }
   virtual void RopeAppendKv(const RopeKvParams& params) = 0;
   // Once per forward pass, before its first Attention.
   virtual void PlanAttention(const AttentionPlanParams& params) = 0;

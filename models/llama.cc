@@ -192,8 +192,10 @@ void Llama::FeedForward(const LlamaLayer& layer, int num_tokens) {
   const TensorView up = gate_up.Columns(config_.intermediate_size, config_.intermediate_size);
 
   RmsNorm(hidden, layer.feed_forward_norm, normed);
-  layer.gate_up.Apply(ops_, normed, gate_up, /*accumulate=*/false);
-  ops_.SiluMul({.gate = gate, .up = up, .out = gate});
+  if (!layer.gate_up.ApplyGated(ops_, normed, gate)) {
+    layer.gate_up.Apply(ops_, normed, gate_up, /*accumulate=*/false);
+    ops_.SiluMul({.gate = gate, .up = up, .out = gate});
+  }
   layer.down.Apply(ops_, gate, hidden, /*accumulate=*/true);
 }
 

@@ -174,6 +174,11 @@ void StackedLinear::Apply(Ops& ops, const TensorView& x, const TensorView& y,
   ops.Gemm(params);
 }
 
+bool StackedLinear::ApplyGated(Ops& ops, const TensorView& x, const TensorView& y) const {
+  if (parts.size() != 1 || bias.data() != nullptr) return false;
+  return ops.GatedGemm({.x = x, .weight = parts[0].weight.get(), .y = y});
+}
+
 StatusOr<LlamaWeights> LoadLlamaWeights(const ModelFile& file, Ops& ops,
                                         const LoadOptions& options) {
   const ModelConfig& config = file.config();

@@ -25,6 +25,9 @@ struct StackedLinear {
 
   // y = x W^T + bias, or y += x W^T + bias; x is [m, in_features], y [m, out_features].
   void Apply(Ops& ops, const TensorView& x, const TensorView& y, bool accumulate) const;
+  // Of gate and up: y = silu(x W_gate^T) * (x W_up^T), y [m, out_features / 2]. Returns false, with
+  // nothing done, where Apply and SiluMul are to do it.
+  [[nodiscard]] bool ApplyGated(Ops& ops, const TensorView& x, const TensorView& y) const;
 };
 
 struct LlamaLayer {

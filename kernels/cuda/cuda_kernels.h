@@ -36,6 +36,7 @@ class GemmBackend {
       std::span<const RawWeight> parts) = 0;
   virtual void Embed(const EmbedParams& params) = 0;
   virtual void Gemm(const GemmParams& params) = 0;
+  virtual bool GatedGemm(const GatedGemmParams& params) = 0;
 };
 std::unique_ptr<GemmBackend> MakeGemmBackend(const DeviceContext& context);
 

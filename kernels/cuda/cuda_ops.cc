@@ -124,6 +124,7 @@ class CudaOps final : public Ops {
   void SiluMul(const SiluMulParams& params) override { cuda::SiluMul(params, context_); }
   void GatherRows(const GatherRowsParams& params) override { cuda::GatherRows(params, context_); }
   void Gemm(const GemmParams& params) override { gemm_->Gemm(params); }
+  bool GatedGemm(const GatedGemmParams& params) override { return gemm_->GatedGemm(params); }
   void RopeAppendKv(const RopeKvParams& params) override { cuda::RopeAppendKv(params, context_); }
   void PlanAttention(const AttentionPlanParams& params) override { attention_->Plan(params); }
   void Attention(const AttentionParams& params) override { attention_->Attention(params); }

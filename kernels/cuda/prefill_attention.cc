@@ -55,7 +55,7 @@ class FlashInferPrefill final : public PrefillAttention {
     Event copied;
   };
 
-  bool use_fa3() const { return GLOAM_WITH_FA3 && context_.compute_capability == 90; }
+  bool use_fa3() const { return GLOAM_WITH_HOPPER_KERNELS && context_.compute_capability == 90; }
   void PlanFa3Works(const AttentionPlanParams& params, std::span<const PrefillSeq> seqs,
                     const PrefillShape& shape, PlanWriter* writer);
   void PlanFa2Works(const AttentionPlanParams& params, std::span<const PrefillSeq> seqs,
@@ -235,7 +235,7 @@ void FlashInferPrefill::Run(const AttentionParams& params) {
 }
 
 void FlashInferPrefill::RunFa3([[maybe_unused]] const AttentionParams& params) const {
-#if GLOAM_WITH_FA3
+#if GLOAM_WITH_HOPPER_KERNELS
   Fa3Params fa3 = fa3_;
   fa3.q = params.q.data;
   fa3.q_token_stride = params.q.strides[0];

@@ -1,5 +1,5 @@
-// 16-byte loads and stores, conversions to the 16-bit types, and reductions of a warp, for the
-// kernels of this folder that work on rows.
+// 16-byte loads and stores, conversions to the 16-bit types, reductions of a warp and the
+// activation function, for the kernels of this folder that work on rows.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,6 +27,12 @@ __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
 // The two bf16 of a word.
 __device__ __forceinline__ float2 UnpackBf16(uint32_t word) {
   return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+// silu(gate) * up. __fdividef gives 0 for a divisor past 2^126, and exp(-gate) reaches that below
+// -87: the limit of silu there is 0 to the precision of bf16's normal numbers as well.
+__device__ __forceinline__ float SiluTimes(float gate, float up) {
+  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
 }
 
 inline bool IsAligned16(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
