@@ -18,7 +18,7 @@ namespace {
 
 // Most rows of x that the streaming kernels take before cuBLASLt is faster.
 constexpr int64_t kMaxStreamedBF16 = 16;
-constexpr int64_t kMaxStreamedPacked = 96;  // for cuBLASLt, weights are dequantised each time
+constexpr int64_t kMaxStreamedPacked = 192;  // for cuBLASLt, weights are dequantised each time
 
 // Fewest rows of x that a gated product takes in one kernel. gated_gemm_bench on an H100
 // (2026-11-26), us in one and in two kernels: 768 rows 263 and 257, 1024 rows 310 and 348.
@@ -72,6 +72,8 @@ class CudaGemm final : public GemmBackend {
       : context_(context),
         stream_device_({.num_sms = context.num_sms,
                         .max_shared_bytes = context.max_shared_bytes,
+                        .has_clusters = context.compute_capability >= 90,
+                        .same_sums = context.options.batch_invariant,
                         .stream = context.stream}) {}
 
   // A model is complete when its step is reserved: what loading needed goes.

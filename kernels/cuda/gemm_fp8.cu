@@ -50,6 +50,7 @@ struct FP8Format {
   static constexpr int kColumns = kStageColumns;
   static constexpr int kUnitBytes = kStageBytes;
   static constexpr bool kHasRowScales = true;
+  static constexpr float kSumScale = 1;
 
   struct Source {
     const char* data = nullptr;  // the chunk's first stage

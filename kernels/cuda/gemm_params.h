@@ -36,7 +36,8 @@ struct GemmSegment {
   bool accumulate = false;
 };
 
-// Above this many rows of x the tiled kernel replaces passes of the streaming one.
+// Above this many rows of x the tiled kernel replaces passes of the streaming one (of quantised
+// weights where same_sums is set).
 inline constexpr int kMaxStreamedRows = 64;
 
 struct StreamGemmParams {
@@ -55,15 +56,22 @@ inline constexpr int kUnitRows = 16;
 
 struct StreamGemmDevice {
   int num_sms = 0;
-  int max_shared_bytes = 0;  // of a block
+  int max_shared_bytes = 0;   // of a block
+  bool has_clusters = false;  // of blocks: compute capability 9.0
+  bool same_sums = false;     // a row's bits may not depend on how many rows there are
   cudaStream_t stream = nullptr;
 };
 
 // gemm_stream_*.cu: y = x W^T; for few rows at the rate at which the device reads the weights, more
-// take several passes. The order of every sum depends on k and the format alone.
+// take several passes or other kernels. The order of every sum depends on k and the format alone,
+// with quantised weights only where same_sums is set.
 void StreamGemmBF16(const StreamGemmParams& params, const StreamGemmDevice& device);
 void StreamGemmQuantized(WeightType type, const StreamGemmParams& params,
                          const StreamGemmDevice& device);
+
+// gemm_cluster.cu: for more rows; needs has_clusters.
+void ClusterGemmQuantized(WeightType type, const StreamGemmParams& params,
+                          const StreamGemmDevice& device);
 
 void StreamGemmFP8(const StreamGemmParams& params, const StreamGemmDevice& device);
 

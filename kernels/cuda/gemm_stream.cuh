@@ -14,6 +14,8 @@
 // Bytes: those of W; of x, from L2, m * k * 2 for every chunk of every block.
 #pragma once
 
+#include <utility>
+
 #include "kernels/cuda/gemm_common.cuh"
 #include "kernels/cuda/launch.cuh"
 
@@ -106,63 +108,86 @@ __device__ __forceinline__ void RequestX(const StreamGemmParams& params, char* x
 
 // The x of a warp's first `num_stages` stages, which does not wait in line behind the weights that
 // have been requested: the first products can begin when the first weights are there.
-template <typename Format>
+template <typename Format, int kTiles>
 __device__ __forceinline__ void LoadFirstX(const StreamGemmParams& params, char* x_memory,
                                            int stage_bytes, int num_stages, int own_slices,
                                            int warp, int lane) {
   constexpr int kChunks = Format::kColumns / 8;
-  constexpr int kInFlight = 8;
-  const int per_stage = params.m * kChunks;
-  for (int begin = lane; begin < num_stages * per_stage; begin += 32 * kInFlight) {
-    uint4 values[kInFlight];
-    char* to[kInFlight];
+  // Eight loads in flight: many rows leave few stages.
+  constexpr int kRowsAtOnce = kTiles == 1 ? 1 : 4;
+  constexpr int kStagesAtOnce = 8 / kRowsAtOnce;
+  const int count = params.m * kChunks;
+  for (int begin = lane; begin < count; begin += 32 * kRowsAtOnce) {
+    int slice = 0;
+    for (int first = 0; first < num_stages; first += kStagesAtOnce) {
+      uint4 values[kStagesAtOnce][kRowsAtOnce];
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int i = begin + 32 * j;
-      const int stage = i / per_stage;
-      const int row = i % per_stage / kChunks;
-      const int chunk = i % kChunks;
-      const int column =
-          (warp + stage % own_slices * Format::kWarps) * Format::kColumns + 8 * chunk;
-      to[j] = stage < num_stages ? x_memory + stage * stage_bytes + row * (2 * Format::kColumns) +
-                                       16 * SwizzledChunk(row, chunk)
-                                 : nullptr;
-      values[j] = make_uint4(0, 0, 0, 0);
-      if (stage < num_stages && column < params.k) {
-        values[j] = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(params.x) +
-                                                    row * params.x_stride + column);
+      for (int s = 0; s < kStagesAtOnce; ++s) {
+        const int stage_column = (warp + slice * Format::kWarps) * Format::kColumns;
+        slice = slice + 1 == own_slices ? 0 : slice + 1;
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) {
+          const int i = begin + 32 * j;
+          const int column = stage_column + 8 * (i % kChunks);
+          values[s][j] = make_uint4(0, 0, 0, 0);
+          if (first + s < num_stages && i < count && column < params.k) {
+            values[s][j] =
+                *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(params.x) +
+                                                i / kChunks * params.x_stride + column);
+          }
+        }
       }
-    }
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      if (to[j] != nullptr) *reinterpret_cast<uint4*>(to[j]) = values[j];
+      for (int s = 0; s < kStagesAtOnce; ++s) {
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) {
+          const int i = begin + 32 * j;
+          const int row = i / kChunks;
+          if (first + s < num_stages && i < count) {
+            *reinterpret_cast<uint4*>(x_memory + (first + s) * stage_bytes +
+                                      row * (2 * Format::kColumns) +
+                                      16 * SwizzledChunk(row, i % kChunks)) = values[s][j];
+          }
+        }
+      }
     }
   }
 }
 
-// A chunk's sums go through shared memory a few units at a time.
+// A chunk's sums go through shared memory a few units at a time; of up to eight rows of x by turns
+// through two places, which saves a barrier.
 template <typename Format, int kTiles>
 struct Reduction {
-  static constexpr int kUnits = 4 / kTiles;
+  static constexpr int kUnits = kTiles == 4 ? 1 : 2;
+  static constexpr int kPlaces = kTiles == 1 ? 2 : 1;
   static constexpr int kRows = kUnits * kUnitRows;
   static constexpr int kRowStride = kRows + 4;  // of one row of x; keeps the writes off each other
-  static constexpr int kWarpFloats = 8 * kTiles * kRowStride;
-  static constexpr int kBytes = Format::kWarps * kWarpFloats * 4;
+
+  // Of one place.
+  static __host__ __device__ constexpr int Floats(int m) { return Format::kWarps * m * kRowStride; }
+  static constexpr int Bytes(int m) { return kPlaces * Floats(m) * 4; }
 };
 
 // Adds the warps' sums of `num_units` units from `unit` on and stores the results.
 template <typename Format, int kTiles, int kUnits>
 __device__ __forceinline__ void ReduceAndStore(const StreamGemmParams& params,
                                                const float (&acc)[kUnits][kTiles][4], int unit,
-                                               int num_units, float* sums) {
+                                               int num_units, float* sums, int& turn) {
   using R = Reduction<Format, kTiles>;
   static_assert(kUnits % R::kUnits == 0);
   const int lane = threadIdx.x % 32;
-  float* own = sums + threadIdx.x / 32 * R::kWarpFloats;
+  const int warp_floats = params.m * R::kRowStride;
 #pragma unroll
   for (int first = 0; first < kUnits; first += R::kUnits) {
     if (first >= num_units) break;
-    __syncthreads();  // the last sums have been read
+    if constexpr (R::kPlaces == 1) {
+      __syncthreads();  // the last sums have been read
+    }
+    // With two places: who writes here has passed the barrier of the turn before, and who passed it
+    // had read these.
+    const float* all = sums + turn * R::Floats(params.m);
+    float* own = sums + turn * R::Floats(params.m) + threadIdx.x / 32 * warp_floats;
+    if constexpr (R::kPlaces == 2) turn ^= 1;
 #pragma unroll
     for (int u = 0; u < R::kUnits; ++u) {
 #pragma unroll
@@ -171,7 +196,7 @@ __device__ __forceinline__ void ReduceAndStore(const StreamGemmParams& params,
         for (int c = 0; c < 4; ++c) {
           const int token = 8 * n + 2 * (lane % 4) + c % 2;
           const int row = kUnitRows * u + lane / 4 + 8 * (c / 2);
-          own[token * R::kRowStride + row] = acc[first + u][n][c];
+          if (token < params.m) own[token * R::kRowStride + row] = acc[first + u][n][c];
         }
       }
     }
@@ -183,7 +208,7 @@ __device__ __forceinline__ void ReduceAndStore(const StreamGemmParams& params,
       float value = 0;
 #pragma unroll
       for (int w = 0; w < Format::kWarps; ++w) {
-        value += sums[w * R::kWarpFloats + token * R::kRowStride + row];
+        value += all[w * warp_floats + token * R::kRowStride + row];
       }
       StoreOutput<Format>(params, unit + first + row / kUnitRows, row % kUnitRows, token, value);
     }
@@ -196,7 +221,7 @@ __global__ void __launch_bounds__(Format::kWarps * 32)
                      const __grid_constant__ StreamShape shape) {
   extern __shared__ __align__(128) char shared[];
   AllowNextKernel();
-  const int warp = threadIdx.x / 32;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // known to be the warp's
   const int lane = threadIdx.x % 32;
   const int first_unit = blockIdx.x * shape.units_per_block;
   const int end_unit = min(first_unit + shape.units_per_block, params.num_units);
@@ -218,9 +243,10 @@ __global__ void __launch_bounds__(Format::kWarps * 32)
     CommitCopies();
   }
   WaitForEarlierKernels();
-  LoadFirstX<Format>(params, ring + x_offset, shape.stage_bytes, num_requested, own_slices, warp,
-                     lane);
+  LoadFirstX<Format, kTiles>(params, ring + x_offset, shape.stage_bytes, num_requested, own_slices,
+                             warp, lane);
 
+  int turn = 0;
   int slot = 0;
   int free_slot = shape.num_stages - 1;  // the one that was read last
   for (int unit = first_unit; unit < end_unit;) {
@@ -242,7 +268,7 @@ __global__ void __launch_bounds__(Format::kWarps * 32)
       free_slot = slot;
       slot = slot + 1 == shape.num_stages ? 0 : slot + 1;
     }
-    ReduceAndStore<Format, kTiles, kUnits>(params, acc, unit, num_units, sums);
+    ReduceAndStore<Format, kTiles, kUnits>(params, acc, unit, num_units, sums, turn);
     unit += num_units;
   }
 }
@@ -257,7 +283,7 @@ StreamShape ShapeOf(int m, int num_units, const StreamGemmDevice& device) {
   const auto fit = [&](int units) {
     shape.chunk_units = units;
     shape.stage_bytes = (units * Format::kUnitBytes + m * Format::kColumns * 2 + 127) / 128 * 128;
-    shape.num_stages = (device.max_shared_bytes - Reduction<Format, kTiles>::kBytes) /
+    shape.num_stages = (device.max_shared_bytes - Reduction<Format, kTiles>::Bytes(m)) /
                        (Format::kWarps * shape.stage_bytes);
     if (shape.num_stages > kMaxStages) shape.num_stages = kMaxStages;
   };
@@ -280,7 +306,7 @@ void LaunchStreamGemm(const StreamGemmParams& params, const StreamGemmDevice& de
   const StreamShape shape = ShapeOf<Format, kTiles, kUnits>(params.m, params.num_units, device);
   const size_t shared_bytes =
       static_cast<size_t>(Format::kWarps) * shape.num_stages * shape.stage_bytes +
-      Reduction<Format, kTiles>::kBytes;
+      Reduction<Format, kTiles>::Bytes(params.m);
   const int grid = (params.num_units + shape.units_per_block - 1) / shape.units_per_block;
   LaunchKernel(
       kernel,
@@ -300,9 +326,9 @@ int MaxRows(const StreamGemmDevice& device) {
   return rows;
 }
 
-template <typename Format, int kMaxTiles>
-void StreamGemm(const StreamGemmParams& all, const StreamGemmDevice& device) {
-  const int max_rows = MaxRows<Format, kMaxTiles>(device);
+// Calls function(params) for at most `max_rows` rows of x after the other.
+template <typename Function>
+void ForRows(const StreamGemmParams& all, int max_rows, Function&& function) {
   StreamGemmParams params = all;
   for (int row = 0; row < all.m; row += max_rows) {
     params.m = all.m - row < max_rows ? all.m - row : max_rows;
@@ -312,6 +338,13 @@ void StreamGemm(const StreamGemmParams& all, const StreamGemmDevice& device) {
       params.segments[i].y =
           static_cast<char*>(segment.y) + row * segment.y_stride * (segment.y_is_bf16 ? 2 : 4);
     }
+    function(std::as_const(params));
+  }
+}
+
+template <typename Format, int kMaxTiles>
+void StreamGemm(const StreamGemmParams& all, const StreamGemmDevice& device) {
+  ForRows(all, MaxRows<Format, kMaxTiles>(device), [&](const StreamGemmParams& params) {
     if (params.m <= 8) {
       LaunchStreamGemm<Format, 1, Format::kMaxUnits>(params, device);
     } else if (params.m <= 16) {
@@ -319,7 +352,7 @@ void StreamGemm(const StreamGemmParams& all, const StreamGemmDevice& device) {
     } else if constexpr (kMaxTiles >= 4) {
       LaunchStreamGemm<Format, 4, 4>(params, device);
     }
-  }
+  });
 }
 
 }  // namespace gloam::cuda

@@ -14,6 +14,7 @@ struct BF16Format {
   static constexpr int kRowBytes = kColumns * 2;
   static constexpr int kUnitBytes = kUnitRows * kRowBytes;
   static constexpr bool kHasRowScales = false;
+  static constexpr float kSumScale = 1;
 
   struct Source {
     const char* data = nullptr;  // this lane's first 16 bytes

@@ -107,10 +107,10 @@ struct LanePacker {
       const uint32_t both = static_cast<uint32_t>(quants.sub_scales[0]) | quants.sub_min << 6;
       sub_scales[hi] |= uint64_t{both} << (12 * run);
     } else if constexpr (P::kHasMin) {
-      halves[2 * (16 * run + row)] = quants.scale;
-      halves[2 * (16 * run + row) + 1] = quants.min;
+      halves[2 * ScaleIndex(run, row)] = quants.scale;
+      halves[2 * ScaleIndex(run, row) + 1] = quants.min;
     } else {
-      halves[16 * run + row] = quants.scale;
+      halves[ScaleIndex(run, row)] = quants.scale;
     }
   }
 
@@ -180,9 +180,9 @@ __device__ __forceinline__ void DecodeLane(const char* stage, int lane, Store&& 
         const RunScale scale = LoadScale<kType>(stage, 2 * pair + r, row);
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-          __nv_bfloat162 both;
-          memcpy(&both, &quants[r][hi][p], 4);
-          float2 value = __bfloat1622float2(both);
+          const uint32_t both = quants[r][hi][p] / (p % 2 == 1 ? P::kOddFactor : 1);
+          float2 value = make_float2(SmallToFloat(both & 0xffff) - P::kTraits.offset,
+                                     SmallToFloat(both >> 16) - P::kTraits.offset);
           value.x = __fmul_rn(scale.s[p / 2], value.x);
           value.y = __fmul_rn(scale.s[p / 2], value.y);
           if constexpr (P::kHasMin) {

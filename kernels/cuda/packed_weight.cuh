@@ -13,8 +13,9 @@
 //   bytes    (8 bits, instead) [4 runs][32 lanes][4 words: row g: elements 0, 2, 1, 3 and 4, 6, 5,
 //            7; row g + 8]
 // and then the scales:
-//   Q4_0 Q5_0 Q8_0  [4 runs][16 rows] fp16
-//   Q4_1 Q5_1       [4 runs][16 rows] fp16 scale, fp16 min
+//   Q4_0 Q5_0 Q8_0  [2 pairs of runs][8 rows g][run, row g; run, row g + 8; run + 1, row g; ...]
+//                   fp16
+//   Q4_1 Q5_1       the same of fp16 scale, fp16 min
 //   Q4_K Q5_K       [16 rows] fp16 scale, fp16 min; [16 rows] word, [16 rows] half word: 6 bits
 //                   each of sub-scale and sub-min of four runs, 48 in all, low bits first
 //   Q6_K            [16 rows] fp16 scale; [4 runs][16 rows] two sub-scales, 128 added, as bytes
@@ -26,7 +27,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/cuda/gemm_params.h"
+#include "kernels/cuda/gemm_common.cuh"
 #include "kernels/quant_block.h"
 
 namespace gloam::cuda {
@@ -41,6 +42,32 @@ __host__ __device__ constexpr int64_t NumStages(int64_t cols) {
 __host__ __device__ constexpr int64_t NumUnits(int64_t rows) {
   return (rows + kUnitRows - 1) / kUnitRows;
 }
+
+// Where a lane copies a weight from that lies as [units][stages][kUnitBytes]: a stage of a unit.
+template <int kUnitBytes>
+struct PanelSource {
+  const char* data = nullptr;
+  int64_t unit_bytes = 0;
+
+  __device__ __forceinline__ void Find(const GemmSegment& segment, int unit, int stage, int k,
+                                       int lane) {
+    unit_bytes = NumStages(k) * kUnitBytes;
+    data = static_cast<const char*>(segment.weight) + unit * unit_bytes +
+           int64_t{stage} * kUnitBytes + 16 * lane;
+  }
+  __device__ __forceinline__ void MoveUnits(int n) { data += n * unit_bytes; }
+  __device__ __forceinline__ void MoveStages(int n) { data += n * kUnitBytes; }
+
+  // `to`: where this lane's first 16 bytes go.
+  __device__ __forceinline__ void Request(uint32_t to, int lane) const {
+#pragma unroll
+    for (int i = 0; i < kUnitBytes / 512; ++i) CopyAsync16(to + 512 * i, data + 512 * i);
+    constexpr int kRest = kUnitBytes % 512;
+    if constexpr (kRest > 0) {
+      CopyAsync16If(16 * lane < kRest, to + (kUnitBytes - kRest), data + (kUnitBytes - kRest));
+    }
+  }
+};
 
 // Column within its run of the i-th (0..7) element that lane 4g + t holds. Q6_K has a scale per 16
 // columns, so that each of the two products of a run must stay within one half.
@@ -58,6 +85,8 @@ struct PackedStage {
   static constexpr bool kHalves = kTraits.scales_per_run == 2;
   static constexpr int kQuantBytes = 16 * kStageColumns * kBits / 8;
   static constexpr int kHighOffset = 16 * kStageColumns / 2;  // of fifth bits or pairs
+  // What UnpackRunPair multiplies the odd pairs of elements by, too.
+  static constexpr int kOddFactor = kBits == 4 ? 16 : 1;
   static constexpr int kScaleOffset = kQuantBytes;
   static constexpr int kScaleBytes = kIsK ? 16 * 10 : 16 * kRunsPerStage * (kHasMin ? 4 : 2);
   static constexpr int kBytes = kQuantBytes + kScaleBytes;
@@ -72,6 +101,11 @@ struct RunScale {
 // An integer below 2^23, at the rate of an addition (conversions run at a quarter of it).
 __device__ __forceinline__ float SmallToFloat(uint32_t value) {
   return __uint_as_float(0x4b000000 | value) - 0x1p23f;
+}
+
+// Where the scale of a run and a row is among those of types that are not K-quants.
+__host__ __device__ constexpr int ScaleIndex(int run, int row) {
+  return (run / 2 * 8 + row % 8) * 4 + run % 2 * 2 + row / 8;
 }
 
 template <WeightType kType>
@@ -93,11 +127,12 @@ __device__ __forceinline__ RunScale LoadScale(const char* stage, int run, int ro
     out.s[0] = out.s[1] = d.x * SmallToFloat(bits & 63);
     out.m = d.y * SmallToFloat(bits >> 6 & 63);
   } else if constexpr (P::kHasMin) {
-    const float2 d = __half22float2(reinterpret_cast<const __half2*>(scales)[16 * run + row]);
+    const float2 d = __half22float2(reinterpret_cast<const __half2*>(scales)[ScaleIndex(run, row)]);
     out.s[0] = out.s[1] = d.x;
     out.m = -d.y;
   } else {
-    out.s[0] = out.s[1] = __half2float(reinterpret_cast<const __half*>(scales)[16 * run + row]);
+    out.s[0] = out.s[1] =
+        __half2float(reinterpret_cast<const __half*>(scales)[ScaleIndex(run, row)]);
   }
   return out;
 }
@@ -109,10 +144,16 @@ class PairScales {
  public:
   using P = PackedStage<kType>;
 
-  __device__ __forceinline__ PairScales(const char* stage, int pair, int lane)
-      : stage_(stage), pair_(pair), lane_(lane) {
+  __device__ __forceinline__ PairScales(const char* stage, int pair, int lane) : lane_(lane) {
+    const char* scales = stage + P::kScaleOffset;
     if constexpr (P::kIsK) {
       own_ = LoadScale<kType>(stage, 2 * pair + lane % 2, lane / 4 + 8 * (lane / 2 % 2));
+    } else if constexpr (P::kHasMin) {
+      const uint4 four = reinterpret_cast<const uint4*>(scales)[8 * pair + lane / 4];
+      memcpy(halves_, &four, sizeof(four));
+    } else {
+      const uint2 four = reinterpret_cast<const uint2*>(scales)[8 * pair + lane / 4];
+      memcpy(halves_, &four, sizeof(four));
     }
   }
 
@@ -125,35 +166,54 @@ class PairScales {
       if constexpr (P::kHalves) out.s[1] = __shfl_sync(0xffffffff, own_.s[1], from);
       out.m = P::kHasMin ? __shfl_sync(0xffffffff, own_.m, from) : 0;
       return out;
+    } else if constexpr (P::kHasMin) {
+      const float2 d = __half22float2(halves_[2 * r + hi]);
+      return {{d.x, d.x}, -d.y};
     } else {
-      return LoadScale<kType>(stage_, 2 * pair_ + r, lane_ / 4 + 8 * hi);
+      const float2 both = __half22float2(halves_[r]);
+      const float s = hi ? both.y : both.x;
+      return {{s, s}, 0};
     }
   }
 
  private:
-  const char* stage_;
-  int pair_;
   int lane_;
-  RunScale own_;
+  RunScale own_;       // of K-quants
+  __half2 halves_[4];  // (scale, min) of run r and row g + 8 * hi in [2 * r + hi]; without a min,
+                       // scales of rows g and g + 8 in [r]
 };
 
-__device__ __forceinline__ uint32_t SubtractBF16x2(uint32_t a, uint32_t b) {
-  __nv_bfloat162 x, y;
-  memcpy(&x, &a, 4);
-  memcpy(&y, &b, 4);
-  const __nv_bfloat162 z = __hsub2(x, y);
+__device__ __forceinline__ __nv_bfloat162 AsBF16x2(uint32_t bits) {
+  __nv_bfloat162 out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+__device__ __forceinline__ uint32_t BitsOf(__nv_bfloat162 value) {
   uint32_t bits;
-  memcpy(&bits, &z, 4);
+  memcpy(&bits, &value, 4);
   return bits;
 }
+__device__ __forceinline__ uint32_t SubtractBF16x2(uint32_t a, uint32_t b) {
+  return BitsOf(__hsub2(AsBF16x2(a), AsBF16x2(b)));
+}
+__device__ __forceinline__ uint32_t MultiplyBF16x2(uint32_t a, uint32_t b) {
+  return BitsOf(__hmul2(AsBF16x2(a), AsBF16x2(b)));
+}
 
-// The integers (q - offset) of one pair of runs as pairs of bf16, exactly: of run `2 * pair + r`
-// and row g + 8 * hi, element pair p is out[r][hi][p].
+// (a & b) | c in one instruction, which the compiler does not find where b and c are constants.
+__device__ __forceinline__ uint32_t AndOr(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+}
+
+// The integers q of one pair of runs, two to a word: of run `2 * pair + r` and row g + 8 * hi,
+// element pair p is out[r][hi][p], times kOddFactor where p is odd. As bf16 these are 2^-133 of the
+// integers, exactly: the tensor cores know subnormals.
 template <WeightType kType>
 __device__ __forceinline__ void UnpackRunPair(const char* stage, int pair, int lane,
                                               uint32_t (&out)[2][2][4]) {
   using P = PackedStage<kType>;
-  constexpr uint32_t kOne28 = 0x43004300;  // bf16 128: seven mantissa bits count ones
   if constexpr (P::kBits == 8) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -161,19 +221,11 @@ __device__ __forceinline__ void UnpackRunPair(const char* stage, int pair, int l
       const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          // 128 + low seven bits, less 128 or (top bit clear) 256: q - 128.
-          const uint32_t w = odd ? word[j] >> 8 : word[j];
-          out[r][j / 2][2 * (j % 2) + odd] =
-              SubtractBF16x2((w & 0x007f007f) | kOne28, (w & 0x00800080) ^ 0x43804380);
-        }
+        out[r][j / 2][2 * (j % 2)] = word[j] & 0x00ff00ff;
+        out[r][j / 2][2 * (j % 2) + 1] = word[j] >> 8 & 0x00ff00ff;
       }
     }
   } else {
-    // 128 + offset is exact in bf16 up to 256.
-    constexpr uint32_t kBase = 0x4300 + P::kTraits.offset;
-    constexpr uint32_t kSubtract = kBase << 16 | kBase;
     const uint4 words = reinterpret_cast<const uint4*>(stage)[32 * pair + lane];
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
     uint32_t high[2] = {};
@@ -188,15 +240,47 @@ __device__ __forceinline__ void UnpackRunPair(const char* stage, int pair, int l
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
-        uint32_t bits = (word[j] >> (4 * p) & 0x000f000f) | kOne28;
+        uint32_t& bits = out[j / 2][j % 2][p];
+        if constexpr (P::kBits == 4) {
+          bits = (p < 2 ? word[j] : word[j] >> 8) & (p % 2 == 0 ? 0x000f000f : 0x00f000f0);
+        } else {
+          bits = word[j] >> (4 * p) & 0x000f000f;
+        }
         if constexpr (P::kBits == 5) {
           const int at = 4 * j + p;
-          bits |= (at >= 4 ? high[0] >> (at - 4) : high[0] << (4 - at)) & 0x00100010;
+          bits = AndOr(at >= 4 ? high[0] >> (at - 4) : high[0] << (4 - at), 0x00100010, bits);
         } else if constexpr (P::kBits == 6) {
           const int at = 8 * (j % 2) + 2 * p;
-          bits |= (at >= 4 ? high[j / 2] >> (at - 4) : high[j / 2] << (4 - at)) & 0x00300030;
+          bits =
+              AndOr(at >= 4 ? high[j / 2] >> (at - 4) : high[j / 2] << (4 - at), 0x00300030, bits);
         }
-        out[j / 2][j % 2][p] = SubtractBF16x2(bits, kSubtract);
+      }
+    }
+  }
+}
+
+// The same as bf16 (q - offset), exactly; costs a few instructions more.
+template <WeightType kType>
+__device__ __forceinline__ void UnpackRunPairExactly(const char* stage, int pair, int lane,
+                                                     uint32_t (&out)[2][2][4]) {
+  using P = PackedStage<kType>;
+  constexpr uint32_t kOne28 = 0x43004300;  // bf16 128: seven mantissa bits count ones
+  constexpr uint32_t kOffset = P::kTraits.offset << 16 | P::kTraits.offset;
+  UnpackRunPair<kType>(stage, pair, lane, out);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        uint32_t& q = out[r][hi][p];
+        if constexpr (P::kBits == 8) {
+          // 128 + low seven bits, less 128 or (top bit clear) 256: q - 128.
+          q = SubtractBF16x2(AndOr(q, 0x007f007f, kOne28), (q & 0x00800080) ^ 0x43804380);
+        } else {
+          if (p % 2 == 1 && P::kOddFactor == 16) q >>= 4;
+          q = SubtractBF16x2(q | kOne28, kOne28 + kOffset);
+        }
       }
     }
   }

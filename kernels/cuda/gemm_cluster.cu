@@ -1,0 +1,375 @@
+// The product of a step of medium size with quantised weights: y = x W^T for 17 to a few hundred
+// rows of x. A block walks the columns, or a part of them, of a tile of 256 rows of W by 8 * kTiles
+// of x, so that a weight is unpacked once for all of these rows of x; where the tiles are too few
+// for the device, the blocks of a cluster share the columns of one and add their sums in order, out
+// of each other's shared memory.
+//
+// Bytes: those of W, per 8 * kTiles rows of x; of x, from L2, m * k * 2 for every tile of rows of
+// W. FLOPs: 2 m n k, by mma.sync.
+#include <algorithm>
+#include <array>
+
+#include "base/check.h"
+#include "kernels/cuda/gemm_common.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/packed_weight.cuh"
+
+namespace gloam::cuda {
+namespace {
+
+constexpr int kMaxClusterBlocks = 8;
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * 32;
+constexpr int kWarpUnits = 1;
+constexpr int kBlockUnits = kWarps * kWarpUnits;
+constexpr int kBlockRows = kBlockUnits * kUnitRows;
+constexpr int kXRowBytes = kStageColumns * 2;
+constexpr int kSumStride = kBlockRows + 4;  // keeps the writes of a warp off each other
+
+template <WeightType kType>
+struct ClusterFormat {
+  static constexpr bool kHasRowScales = false;
+  static constexpr float kSumScale = 1;
+};
+
+template <WeightType kType, int kTiles>
+constexpr int StageBytes() {
+  return kBlockUnits * PackedStage<kType>::kBytes + 8 * kTiles * kXRowBytes;
+}
+
+// Waits for every block of the cluster; their shared memory is then as they left it.
+__device__ __forceinline__ void SyncCluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Four floats at `address` of the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ float4 LoadFromBlock(uint32_t address, int rank) {
+  float4 out = {};
+#if __CUDA_ARCH__ >= 900
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
+               : "r"(there)
+               : "memory");
+#endif
+  return out;
+}
+
+// One pair of runs of a warp's units.
+template <WeightType kType>
+struct UnitTile {
+  uint32_t a[kWarpUnits][2][2][4];
+  RunScale scales[kWarpUnits][2][2];
+
+  __device__ __forceinline__ UnitTile(const char* units, int pair, int lane) {
+#pragma unroll
+    for (int u = 0; u < kWarpUnits; ++u) {
+      const char* unit = units + u * PackedStage<kType>::kBytes;
+      UnpackRunPairExactly<kType>(unit, pair, lane, a[u]);
+      const PairScales<kType> pair_scales(unit, pair, lane);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int hi = 0; hi < 2; ++hi) scales[u][r][hi] = pair_scales.Get(r, hi);
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ void AddScaled(const float (&part)[4], float low, float high,
+                                          float (&acc)[4]) {
+  acc[0] = fmaf(part[0], low, acc[0]);
+  acc[1] = fmaf(part[1], low, acc[1]);
+  acc[2] = fmaf(part[2], high, acc[2]);
+  acc[3] = fmaf(part[3], high, acc[3]);
+}
+
+// acc += a pair of runs by eight rows of x, of which this lane holds `b`.
+template <WeightType kType>
+__device__ __forceinline__ void MultiplyTile(const UnitTile<kType>& w, const uint4 (&b)[2],
+                                             float (*acc)[4], int stride) {
+  using P = PackedStage<kType>;
+  constexpr uint32_t kMinusOnes = 0xbf80bf80;  // bf16
+  float x_sums[2][4] = {};
+  if constexpr (P::kHasMin) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      MultiplyAdd(x_sums[r], kMinusOnes, kMinusOnes, kMinusOnes, kMinusOnes, b[r].x, b[r].y);
+      MultiplyAdd(x_sums[r], kMinusOnes, kMinusOnes, kMinusOnes, kMinusOnes, b[r].z, b[r].w);
+    }
+  }
+  float part[kWarpUnits][2][4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int u = 0; u < kWarpUnits; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t(&low)[4] = w.a[u][r][0];
+        const uint32_t(&high)[4] = w.a[u][r][1];
+        MultiplyAdd(part[u][r], low[2 * half], high[2 * half], low[2 * half + 1],
+                    high[2 * half + 1], half == 0 ? b[r].x : b[r].z, half == 0 ? b[r].y : b[r].w);
+      }
+    }
+    if (half == 0 && !P::kHalves) continue;
+#pragma unroll
+    for (int u = 0; u < kWarpUnits; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const RunScale& low = w.scales[u][r][0];
+        const RunScale& high = w.scales[u][r][1];
+        AddScaled(part[u][r], low.s[half], high.s[half], acc[u * stride]);
+        if constexpr (P::kHasMin) AddScaled(x_sums[r], low.m, high.m, acc[u * stride]);
+        if constexpr (P::kHalves) {
+#pragma unroll
+          for (float& p : part[u][r]) p = 0;
+        }
+      }
+    }
+  }
+}
+
+// What lane 4g + t multiplies of run `run` of row `row` of x in shared memory.
+template <WeightType kType>
+__device__ __forceinline__ uint4 LoadX(const char* x, int row, int run, int t) {
+  const char* data = x + row * kXRowBytes + (run ^ (row & 1)) * (kRunElements * 2);
+  if constexpr (PackedStage<kType>::kHalves) {
+    const uint2 first = reinterpret_cast<const uint2*>(data)[t];
+    const uint2 second = reinterpret_cast<const uint2*>(data)[4 + t];
+    return make_uint4(first.x, first.y, second.x, second.y);
+  }
+  return reinterpret_cast<const uint4*>(data)[t];
+}
+
+// Blocks of a cluster lie along x, tiles of rows of x along y, of rows of W along z.
+template <WeightType kType, int kTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    ClusterGemmKernel(const __grid_constant__ StreamGemmParams params, int num_stages) {
+  constexpr int kTokens = 8 * kTiles;
+  constexpr int kUnitBytes = PackedStage<kType>::kBytes;
+  constexpr int kStageBytes = StageBytes<kType, kTiles>();
+  extern __shared__ __align__(128) char shared[];
+  AllowNextKernel();
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // known to be the warp's
+  const int lane = threadIdx.x % 32;
+  const int rank = blockIdx.x;
+  const int num_ranks = gridDim.x;
+  const int first_token = blockIdx.y * kTokens;
+  const int first_unit = blockIdx.z * kBlockUnits;
+  const int num_slices = static_cast<int>(NumStages(params.k));
+  const int own_slices = max((num_slices - rank + num_ranks - 1) / num_ranks, 0);
+
+  // Past the last unit a warp computes what nobody stores.
+  PanelSource<kUnitBytes> sources[kWarpUnits];
+#pragma unroll
+  for (int u = 0; u < kWarpUnits; ++u) {
+    const int unit = min(first_unit + warp * kWarpUnits + u, params.num_units - 1);
+    const GemmSegment& segment = params.segments[SegmentOf(params, unit)];
+    sources[u].Find(segment, unit - segment.first_unit, rank, params.k, lane);
+  }
+  // Of the next stage each time.
+  const auto request_weights = [&](int slot) {
+    char* memory = shared + slot * kStageBytes + warp * kWarpUnits * kUnitBytes;
+#pragma unroll
+    for (int u = 0; u < kWarpUnits; ++u) {
+      sources[u].Request(SharedAddress(memory + u * kUnitBytes) + 16 * lane, lane);
+      sources[u].MoveStages(num_ranks);
+    }
+  };
+  constexpr int kChunks = kStageColumns / 8;
+  const int x_chunk = threadIdx.x % kChunks;
+  const int x_row = threadIdx.x / kChunks;
+  const auto* x = static_cast<const __nv_bfloat16*>(params.x) +
+                  (first_token + x_row) * params.x_stride + 8 * x_chunk;
+  const auto request_x = [&](int slot, int slice) {
+    const int column = (rank + slice * num_ranks) * kStageColumns;
+    const uint32_t to = SharedAddress(shared + slot * kStageBytes + kBlockUnits * kUnitBytes) +
+                        x_row * kXRowBytes + 16 * SwizzledChunk(x_row, x_chunk);
+#pragma unroll
+    for (int row = 0; row < kTokens; row += kThreads / kChunks) {
+      const bool valid = column + 8 * x_chunk < params.k && first_token + x_row + row < params.m;
+      CopyAsync16(to + row * kXRowBytes, valid ? x + column + row * params.x_stride : x, valid);
+    }
+  };
+
+  for (int i = 0; i < num_stages - 1 && i < own_slices; ++i) request_weights(i);
+  WaitForEarlierKernels();
+  for (int i = 0; i < num_stages - 1; ++i) {
+    if (i < own_slices) request_x(i, i);
+    CommitCopies();
+  }
+  float acc[kWarpUnits][kTiles][4] = {};
+  int slot = 0;
+  int free_slot = num_stages - 1;
+#pragma unroll 1
+  for (int slice = 0; slice < own_slices; ++slice) {
+    WaitForCopies(num_stages - 2);
+    __syncthreads();
+    if (slice + num_stages - 1 < own_slices) {
+      request_weights(free_slot);
+      request_x(free_slot, slice + num_stages - 1);
+    }
+    CommitCopies();
+    const char* stage = shared + slot * kStageBytes;
+    const char* stage_x = stage + kBlockUnits * kUnitBytes;
+#pragma unroll
+    for (int pair = 0; pair < kRunsPerStage / 2; ++pair) {
+      const UnitTile<kType> w(stage + warp * kWarpUnits * kUnitBytes, pair, lane);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const int row = 8 * n + lane / 4;
+        const uint4 b[2] = {LoadX<kType>(stage_x, row, 2 * pair, lane % 4),
+                            LoadX<kType>(stage_x, row, 2 * pair + 1, lane % 4)};
+        MultiplyTile(w, b, &acc[0][n], kTiles);
+      }
+    }
+    free_slot = slot;
+    slot = slot + 1 == num_stages ? 0 : slot + 1;
+  }
+
+  __syncthreads();  // the stages have been read
+  auto* sums = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int u = 0; u < kWarpUnits; ++u) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int token = 8 * n + 2 * (lane % 4) + c % 2;
+        const int row = (warp * kWarpUnits + u) * kUnitRows + lane / 4 + 8 * (c / 2);
+        sums[token * kSumStride + row] = acc[u][n][c];
+      }
+    }
+  }
+  SyncCluster();
+  // Four rows of W at a time; the blocks take turns.
+  constexpr int kQuads = kBlockRows / 4;
+  const int num_tokens = min(kTokens, params.m - first_token);
+  for (int i = rank * kThreads + threadIdx.x; i < num_tokens * kQuads; i += num_ranks * kThreads) {
+    const int token = i / kQuads;
+    const int row = i % kQuads * 4;
+    const int unit = first_unit + row / kUnitRows;
+    if (unit >= params.num_units) continue;
+    float4 value = {};
+    for (int from = 0; from < num_ranks; ++from) {
+      const float4 part = LoadFromBlock(SharedAddress(sums + token * kSumStride + row), from);
+      value.x += part.x;
+      value.y += part.y;
+      value.z += part.z;
+      value.w += part.w;
+    }
+    using Format = ClusterFormat<kType>;
+    StoreOutput<Format>(params, unit, row % kUnitRows, first_token + token, value.x);
+    StoreOutput<Format>(params, unit, row % kUnitRows + 1, first_token + token, value.y);
+    StoreOutput<Format>(params, unit, row % kUnitRows + 2, first_token + token, value.z);
+    StoreOutput<Format>(params, unit, row % kUnitRows + 3, first_token + token, value.w);
+  }
+  SyncCluster();  // nobody reads here any more
+}
+
+// Clusters of each size that the device runs at a time.
+template <typename Kernel>
+std::array<int, kMaxClusterBlocks + 1> MaxClusters(Kernel kernel, int shared_bytes) {
+  std::array<int, kMaxClusterBlocks + 1> counts = {};
+  for (int blocks = 1; blocks <= kMaxClusterBlocks; ++blocks) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    GLOAM_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&counts[blocks], kernel, &config));
+  }
+  return counts;
+}
+
+// Blocks that share the columns of a tile: as many as make the least of rounds times stages; to
+// fill a ring and to add the sums takes a block as long as a few stages.
+int ClusterBlocks(int num_tiles, int num_slices,
+                  const std::array<int, kMaxClusterBlocks + 1>& max_clusters) {
+  constexpr int kOverhead = 4;
+  int best = 1;
+  int least = 0;
+  for (int blocks = 1; blocks <= kMaxClusterBlocks; ++blocks) {
+    if (max_clusters[blocks] == 0) continue;
+    const int rounds = (num_tiles + max_clusters[blocks] - 1) / max_clusters[blocks];
+    const int cost = rounds * ((num_slices + blocks - 1) / blocks + kOverhead);
+    if (blocks == 1 || cost < least) {
+      best = blocks;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+template <WeightType kType, int kTiles>
+void Launch(const StreamGemmParams& params, const StreamGemmDevice& device) {
+  constexpr int kMaxRing = 5;
+  constexpr int kSumBytes = 8 * kTiles * kSumStride * 4;
+  constexpr int kStageBytes = StageBytes<kType, kTiles>();
+  const auto kernel = ClusterGemmKernel<kType, kTiles>;
+  const int num_stages = std::min(device.max_shared_bytes / kStageBytes, kMaxRing);
+  const int shared_bytes = std::max(num_stages * kStageBytes, kSumBytes);
+  static const auto max_clusters = [&] {
+    GLOAM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          device.max_shared_bytes));
+    return MaxClusters(kernel, shared_bytes);
+  }();
+  const int token_tiles = (params.m + 8 * kTiles - 1) / (8 * kTiles);
+  const int row_tiles = (params.num_units + kBlockUnits - 1) / kBlockUnits;
+  const int cluster_blocks =
+      ClusterBlocks(token_tiles * row_tiles, static_cast<int>(NumStages(params.k)), max_clusters);
+  LaunchKernel(kernel,
+               {.grid = dim3(cluster_blocks, token_tiles, row_tiles),
+                .block = dim3(kThreads),
+                .shared_bytes = static_cast<size_t>(shared_bytes),
+                .cluster_blocks = cluster_blocks},
+               device.stream, params, num_stages);
+}
+
+template <WeightType kType>
+void Multiply(const StreamGemmParams& params, const StreamGemmDevice& device) {
+  if (params.m <= 32) {
+    Launch<kType, 4>(params, device);
+  } else {
+    Launch<kType, 8>(params, device);
+  }
+}
+
+}  // namespace
+
+void ClusterGemmQuantized(WeightType type, const StreamGemmParams& params,
+                          const StreamGemmDevice& device) {
+  switch (type) {
+    case WeightType::kQ4_0:
+      return Multiply<WeightType::kQ4_0>(params, device);
+    case WeightType::kQ4_1:
+      return Multiply<WeightType::kQ4_1>(params, device);
+    case WeightType::kQ5_0:
+      return Multiply<WeightType::kQ5_0>(params, device);
+    case WeightType::kQ5_1:
+      return Multiply<WeightType::kQ5_1>(params, device);
+    case WeightType::kQ8_0:
+      return Multiply<WeightType::kQ8_0>(params, device);
+    case WeightType::kQ4_K:
+      return Multiply<WeightType::kQ4_K>(params, device);
+    case WeightType::kQ5_K:
+      return Multiply<WeightType::kQ5_K>(params, device);
+    case WeightType::kQ6_K:
+      return Multiply<WeightType::kQ6_K>(params, device);
+    case WeightType::kF32:
+    case WeightType::kF16:
+    case WeightType::kBF16:
+      break;
+  }
+  GLOAM_CHECK(!"a quantised weight type");
+}
+
+}  // namespace gloam::cuda
