@@ -18,7 +18,9 @@ namespace {
 
 // Most rows of x that the streaming kernels take before cuBLASLt is faster.
 constexpr int64_t kMaxStreamedBF16 = 16;
-constexpr int64_t kMaxStreamedPacked = 192;  // for cuBLASLt, weights are dequantised each time
+// For cuBLASLt, packed weights are dequantised each time.
+constexpr int64_t kMaxStreamedFP8 = 96;
+constexpr int64_t kMaxStreamedQuantized = 192;
 
 // Fewest rows of x that a gated product takes in one kernel. gated_gemm_bench on an H100
 // (2026-11-26), us in one and in two kernels: 768 rows 263 and 257, 1024 rows 310 and 348.
@@ -164,7 +166,15 @@ class CudaGemm final : public GemmBackend {
  private:
   bool IsStreamed(const DeviceMatrix& matrix, int64_t m) const {
     if (context_.options.batch_invariant) return true;
-    return m <= (matrix.format == DeviceFormat::kBF16 ? kMaxStreamedBF16 : kMaxStreamedPacked);
+    switch (matrix.format) {
+      case DeviceFormat::kBF16:
+        return m <= kMaxStreamedBF16;
+      case DeviceFormat::kFP8:
+        return m <= kMaxStreamedFP8;
+      case DeviceFormat::kQuantized:
+        break;
+    }
+    return m <= kMaxStreamedQuantized;
   }
 
   Status PrepareLarge(bool dequantizes) {
