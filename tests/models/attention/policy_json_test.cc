@@ -210,7 +210,10 @@ TEST_CASE("Faults name the key's path and what it may be") {
       {R"({"selector": {"type": "quest", "token_budget": 64, "chunk_size": 32}})",
        "selector.chunk_size", "must be 16"},
       {R"({"selector": {"type": "quest", "token_budget": 64, "r": 4}})", "selector.r",
-       "the selector \"quest\", whose keys are chunk_size, sparsity_rate, token_budget, type"},
+       "the selector \"quest\", whose keys are chunk_size, range_weight, sparsity_rate, "
+       "token_budget, type"},
+      {R"({"selector": {"type": "quest", "token_budget": 64, "range_weight": 1.5}})",
+       "selector.range_weight", "1]"},
       {R"({"selector": {"type": "none", "token_budget": 64}})", "selector.token_budget",
        "the selector \"none\""},
       {R"({"selector": {"type": "ds", "r": 4, "token_budget": 64}})", "selector.config_path",
