@@ -42,6 +42,7 @@ class ForwardingOps : public Ops {
   void SiluMul(const SiluMulParams& params) override { ops_.SiluMul(params); }
   void GatherRows(const GatherRowsParams& params) override { ops_.GatherRows(params); }
   void Gemm(const GemmParams& params) override { ops_.Gemm(params); }
+  bool GatedGemm(const GatedGemmParams& params) override { return ops_.GatedGemm(params); }
   void RopeAppendKv(const RopeKvParams& params) override { ops_.RopeAppendKv(params); }
   void PlanAttention(const AttentionPlanParams& params) override { ops_.PlanAttention(params); }
   void Attention(const AttentionParams& params) override { ops_.Attention(params); }

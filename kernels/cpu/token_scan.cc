@@ -159,8 +159,8 @@ inline VF ExpOfNegative(VF x) {
   y = hn::MulAdd(f, y, hn::Set(d, 2.40222421e-1f));
   y = hn::MulAdd(f, y, hn::Set(d, 6.93146978e-1f));
   y = hn::MulAdd(f, y, hn::Set(d, 1.0f));
-  const VI exponent =
-      hn::ShiftLeft<23>(hn::BitCast(di, biased));  // the bias's bits are shifted out
+  // The bias's bits are shifted out.
+  const VI exponent = hn::ShiftLeft<23>(hn::BitCast(di, biased));
   const VF power = hn::BitCast(d, hn::Add(hn::BitCast(di, y), exponent));
   return hn::IfThenElseZero(hn::Ge(x, hn::Set(d, -87.0f)), power);
 }

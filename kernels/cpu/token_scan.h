@@ -28,8 +28,8 @@ void KeepAtLeast(const float* values, float at_least, int64_t num_blocks, TokenM
 // Sum of CountTokens.
 int64_t CountOf(const TokenMask* masks, int64_t num_blocks);
 
-// Blocks as the tokens of groups of sixteen, for searches among blocks: bit i % 16 of groups[i /
-// 16] says whether block i has a token.
+// Blocks as the tokens of groups of sixteen, for searches among blocks: whether block i has a token
+// is bit i % 16 of groups[i / 16].
 void GroupBlocks(const TokenMask* masks, int64_t num_blocks, TokenMask* groups);
 // Clears the masks of the blocks whose bit is not set.
 void KeepGroupedBlocks(const TokenMask* groups, int64_t num_blocks, TokenMask* masks);

@@ -408,21 +408,16 @@ __global__ __launch_bounds__(kThreads, 1) void DecodeAttentionKernel(
 
 template <typename T, int kHeadDim>
 void LaunchFor(const DecodeAttentionParams& params, const DecodeDevice& device) {
-  const auto kernel = DecodeAttentionKernel<T, kHeadDim>;
+  constexpr auto kKernel = DecodeAttentionKernel<T, kHeadDim>;
   const int shared_bytes = SharedBytes<kHeadDim>(device.compute_capability);
-  static bool is_prepared = false;  // one GPU, one thread
-  if (!is_prepared) {
-    GLOAM_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    is_prepared = true;
-  }
+  AllowSharedBytes<kKernel>(shared_bytes);
   const int num_groups =
       DecodeGroups(params.num_kv_heads, params.heads_per_kv, params.heads_per_unit);
   const int units = params.num_rows * num_groups * params.max_splits;
   const LaunchShape shape = {.grid = dim3(std::min(units, device.num_sms)),
                              .block = dim3(kThreads),
                              .shared_bytes = static_cast<size_t>(shared_bytes)};
-  LaunchKernel(kernel, shape, device.stream, params);
+  LaunchKernel(kKernel, shape, device.stream, params);
 }
 
 }  // namespace decode

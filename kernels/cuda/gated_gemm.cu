@@ -217,8 +217,7 @@ void MultiplyGated(const GatedProduct& product) {
   p.tiles_wide = p.n / kTileColumns;
   const int num_pairs = min(p.tiles_high * p.tiles_wide, product.num_sms / kClusterBlocks);
   constexpr int kSharedBytes = sizeof(Shared);
-  GLOAM_CUDA_CHECK(cudaFuncSetAttribute(GatedGemmKernel,
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  AllowSharedBytes<GatedGemmKernel>(kSharedBytes);
   LaunchKernel(GatedGemmKernel,
                {dim3(num_pairs * kClusterBlocks), dim3(kThreads), size_t{kSharedBytes}},
                product.stream, p);

@@ -20,13 +20,11 @@ namespace {
 constexpr int kMaxClusterBlocks = 8;
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * 32;
-constexpr int kWarpUnits = 1;
-constexpr int kBlockUnits = kWarps * kWarpUnits;
+constexpr int kBlockUnits = kWarps;  // one a warp
 constexpr int kBlockRows = kBlockUnits * kUnitRows;
 constexpr int kXRowBytes = kStageColumns * 2;
 constexpr int kSumStride = kBlockRows + 4;  // keeps the writes of a warp off each other
 
-template <WeightType kType>
 struct ClusterFormat {
   static constexpr bool kHasRowScales = false;
   static constexpr float kSumScale = 1;
@@ -59,39 +57,27 @@ __device__ __forceinline__ float4 LoadFromBlock(uint32_t address, int rank) {
   return out;
 }
 
-// One pair of runs of a warp's units.
+// One pair of runs of a warp's unit.
 template <WeightType kType>
 struct UnitTile {
-  uint32_t a[kWarpUnits][2][2][4];
-  RunScale scales[kWarpUnits][2][2];
+  uint32_t a[2][2][4];
+  RunScale scales[2][2];
 
-  __device__ __forceinline__ UnitTile(const char* units, int pair, int lane) {
+  __device__ __forceinline__ UnitTile(const char* unit, int pair, int lane) {
+    UnpackRunPairExactly<kType>(unit, pair, lane, a);
+    const PairScales<kType> pair_scales(unit, pair, lane);
 #pragma unroll
-    for (int u = 0; u < kWarpUnits; ++u) {
-      const char* unit = units + u * PackedStage<kType>::kBytes;
-      UnpackRunPairExactly<kType>(unit, pair, lane, a[u]);
-      const PairScales<kType> pair_scales(unit, pair, lane);
+    for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int hi = 0; hi < 2; ++hi) scales[u][r][hi] = pair_scales.Get(r, hi);
-      }
+      for (int hi = 0; hi < 2; ++hi) scales[r][hi] = pair_scales.Get(r, hi);
     }
   }
 };
 
-__device__ __forceinline__ void AddScaled(const float (&part)[4], float low, float high,
-                                          float (&acc)[4]) {
-  acc[0] = fmaf(part[0], low, acc[0]);
-  acc[1] = fmaf(part[1], low, acc[1]);
-  acc[2] = fmaf(part[2], high, acc[2]);
-  acc[3] = fmaf(part[3], high, acc[3]);
-}
-
 // acc += a pair of runs by eight rows of x, of which this lane holds `b`.
 template <WeightType kType>
 __device__ __forceinline__ void MultiplyTile(const UnitTile<kType>& w, const uint4 (&b)[2],
-                                             float (*acc)[4], int stride) {
+                                             float (&acc)[4]) {
   using P = PackedStage<kType>;
   constexpr uint32_t kMinusOnes = 0xbf80bf80;  // bf16
   float x_sums[2][4] = {};
@@ -102,32 +88,26 @@ __device__ __forceinline__ void MultiplyTile(const UnitTile<kType>& w, const uin
       MultiplyAdd(x_sums[r], kMinusOnes, kMinusOnes, kMinusOnes, kMinusOnes, b[r].z, b[r].w);
     }
   }
-  float part[kWarpUnits][2][4] = {};
+  float part[2][4] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int u = 0; u < kWarpUnits; ++u) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t(&low)[4] = w.a[u][r][0];
-        const uint32_t(&high)[4] = w.a[u][r][1];
-        MultiplyAdd(part[u][r], low[2 * half], high[2 * half], low[2 * half + 1],
-                    high[2 * half + 1], half == 0 ? b[r].x : b[r].z, half == 0 ? b[r].y : b[r].w);
-      }
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t(&low)[4] = w.a[r][0];
+      const uint32_t(&high)[4] = w.a[r][1];
+      MultiplyAdd(part[r], low[2 * half], high[2 * half], low[2 * half + 1], high[2 * half + 1],
+                  half == 0 ? b[r].x : b[r].z, half == 0 ? b[r].y : b[r].w);
     }
     if (half == 0 && !P::kHalves) continue;
 #pragma unroll
-    for (int u = 0; u < kWarpUnits; ++u) {
+    for (int r = 0; r < 2; ++r) {
+      const RunScale& low = w.scales[r][0];
+      const RunScale& high = w.scales[r][1];
+      AddScaled(part[r], low.s[half], high.s[half], acc);
+      if constexpr (P::kHasMin) AddScaled(x_sums[r], low.m, high.m, acc);
+      if constexpr (P::kHalves) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const RunScale& low = w.scales[u][r][0];
-        const RunScale& high = w.scales[u][r][1];
-        AddScaled(part[u][r], low.s[half], high.s[half], acc[u * stride]);
-        if constexpr (P::kHasMin) AddScaled(x_sums[r], low.m, high.m, acc[u * stride]);
-        if constexpr (P::kHalves) {
-#pragma unroll
-          for (float& p : part[u][r]) p = 0;
-        }
+        for (float& p : part[r]) p = 0;
       }
     }
   }
@@ -164,21 +144,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int own_slices = max((num_slices - rank + num_ranks - 1) / num_ranks, 0);
 
   // Past the last unit a warp computes what nobody stores.
-  PanelSource<kUnitBytes> sources[kWarpUnits];
-#pragma unroll
-  for (int u = 0; u < kWarpUnits; ++u) {
-    const int unit = min(first_unit + warp * kWarpUnits + u, params.num_units - 1);
-    const GemmSegment& segment = params.segments[SegmentOf(params, unit)];
-    sources[u].Find(segment, unit - segment.first_unit, rank, params.k, lane);
-  }
+  PanelSource<kUnitBytes> source;
+  const int own_unit = min(first_unit + warp, params.num_units - 1);
+  const GemmSegment& segment = params.segments[SegmentOf(params, own_unit)];
+  source.Find(segment, own_unit - segment.first_unit, rank, params.k, lane);
   // Of the next stage each time.
   const auto request_weights = [&](int slot) {
-    char* memory = shared + slot * kStageBytes + warp * kWarpUnits * kUnitBytes;
-#pragma unroll
-    for (int u = 0; u < kWarpUnits; ++u) {
-      sources[u].Request(SharedAddress(memory + u * kUnitBytes) + 16 * lane, lane);
-      sources[u].MoveStages(num_ranks);
-    }
+    char* memory = shared + slot * kStageBytes + warp * kUnitBytes;
+    source.Request(SharedAddress(memory) + 16 * lane, lane);
+    source.MoveStages(num_ranks);
   };
   constexpr int kChunks = kStageColumns / 8;
   const int x_chunk = threadIdx.x % kChunks;
@@ -202,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (i < own_slices) request_x(i, i);
     CommitCopies();
   }
-  float acc[kWarpUnits][kTiles][4] = {};
+  float acc[kTiles][4] = {};
   int slot = 0;
   int free_slot = num_stages - 1;
 #pragma unroll 1
@@ -218,13 +192,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const char* stage_x = stage + kBlockUnits * kUnitBytes;
 #pragma unroll
     for (int pair = 0; pair < kRunsPerStage / 2; ++pair) {
-      const UnitTile<kType> w(stage + warp * kWarpUnits * kUnitBytes, pair, lane);
+      const UnitTile<kType> w(stage + warp * kUnitBytes, pair, lane);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const int row = 8 * n + lane / 4;
         const uint4 b[2] = {LoadX<kType>(stage_x, row, 2 * pair, lane % 4),
                             LoadX<kType>(stage_x, row, 2 * pair + 1, lane % 4)};
-        MultiplyTile(w, b, &acc[0][n], kTiles);
+        MultiplyTile(w, b, acc[n]);
       }
     }
     free_slot = slot;
@@ -234,15 +208,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();  // the stages have been read
   auto* sums = reinterpret_cast<float*>(shared);
 #pragma unroll
-  for (int u = 0; u < kWarpUnits; ++u) {
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int token = 8 * n + 2 * (lane % 4) + c % 2;
-        const int row = (warp * kWarpUnits + u) * kUnitRows + lane / 4 + 8 * (c / 2);
-        sums[token * kSumStride + row] = acc[u][n][c];
-      }
+    for (int c = 0; c < 4; ++c) {
+      const int token = 8 * n + 2 * (lane % 4) + c % 2;
+      const int row = warp * kUnitRows + lane / 4 + 8 * (c / 2);
+      sums[token * kSumStride + row] = acc[n][c];
     }
   }
   SyncCluster();
@@ -262,11 +233,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       value.z += part.z;
       value.w += part.w;
     }
-    using Format = ClusterFormat<kType>;
-    StoreOutput<Format>(params, unit, row % kUnitRows, first_token + token, value.x);
-    StoreOutput<Format>(params, unit, row % kUnitRows + 1, first_token + token, value.y);
-    StoreOutput<Format>(params, unit, row % kUnitRows + 2, first_token + token, value.z);
-    StoreOutput<Format>(params, unit, row % kUnitRows + 3, first_token + token, value.w);
+    StoreOutput<ClusterFormat>(params, unit, row % kUnitRows, first_token + token, value.x);
+    StoreOutput<ClusterFormat>(params, unit, row % kUnitRows + 1, first_token + token, value.y);
+    StoreOutput<ClusterFormat>(params, unit, row % kUnitRows + 2, first_token + token, value.z);
+    StoreOutput<ClusterFormat>(params, unit, row % kUnitRows + 3, first_token + token, value.w);
   }
   SyncCluster();  // nobody reads here any more
 }
@@ -347,29 +317,7 @@ void Multiply(const StreamGemmParams& params, const StreamGemmDevice& device) {
 
 void ClusterGemmQuantized(WeightType type, const StreamGemmParams& params,
                           const StreamGemmDevice& device) {
-  switch (type) {
-    case WeightType::kQ4_0:
-      return Multiply<WeightType::kQ4_0>(params, device);
-    case WeightType::kQ4_1:
-      return Multiply<WeightType::kQ4_1>(params, device);
-    case WeightType::kQ5_0:
-      return Multiply<WeightType::kQ5_0>(params, device);
-    case WeightType::kQ5_1:
-      return Multiply<WeightType::kQ5_1>(params, device);
-    case WeightType::kQ8_0:
-      return Multiply<WeightType::kQ8_0>(params, device);
-    case WeightType::kQ4_K:
-      return Multiply<WeightType::kQ4_K>(params, device);
-    case WeightType::kQ5_K:
-      return Multiply<WeightType::kQ5_K>(params, device);
-    case WeightType::kQ6_K:
-      return Multiply<WeightType::kQ6_K>(params, device);
-    case WeightType::kF32:
-    case WeightType::kF16:
-    case WeightType::kBF16:
-      break;
-  }
-  GLOAM_CHECK(!"a quantised weight type");
+  DispatchQuantized(type, [&]<WeightType kType>() { Multiply<kType>(params, device); });
 }
 
 }  // namespace gloam::cuda

@@ -296,20 +296,15 @@ StreamShape ShapeOf(int m, int num_units, const StreamGemmDevice& device) {
 
 template <typename Format, int kTiles, int kUnits>
 void LaunchStreamGemm(const StreamGemmParams& params, const StreamGemmDevice& device) {
-  const auto kernel = StreamGemmKernel<Format, kTiles, kUnits>;
-  static const bool prepared = [&] {
-    GLOAM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          device.max_shared_bytes));
-    return true;
-  }();
-  static_cast<void>(prepared);
+  constexpr auto kKernel = StreamGemmKernel<Format, kTiles, kUnits>;
+  AllowSharedBytes<kKernel>(device.max_shared_bytes);
   const StreamShape shape = ShapeOf<Format, kTiles, kUnits>(params.m, params.num_units, device);
   const size_t shared_bytes =
       static_cast<size_t>(Format::kWarps) * shape.num_stages * shape.stage_bytes +
       Reduction<Format, kTiles>::Bytes(params.m);
   const int grid = (params.num_units + shape.units_per_block - 1) / shape.units_per_block;
   LaunchKernel(
-      kernel,
+      kKernel,
       {.grid = dim3(grid), .block = dim3(Format::kWarps * 32), .shared_bytes = shared_bytes},
       device.stream, params, shape);
 }

@@ -172,14 +172,6 @@ struct QuantizedFormat {
       }
     }
   }
-
-  static __device__ __forceinline__ void AddScaled(const float (&part)[4], float low, float high,
-                                                   float (&acc)[4]) {
-    acc[0] = fmaf(part[0], low, acc[0]);
-    acc[1] = fmaf(part[1], low, acc[1]);
-    acc[2] = fmaf(part[2], high, acc[2]);
-    acc[3] = fmaf(part[3], high, acc[3]);
-  }
 };
 
 // What a warp has still to request: of every chunk the stages of its columns, of each stage the
@@ -374,18 +366,13 @@ QuantizedShape ShapeFor(int m, int num_units, const StreamGemmDevice& device) {
 
 template <typename Format, int kTiles>
 void Launch(const StreamGemmParams& params, const StreamGemmDevice& device) {
-  const auto kernel = QuantizedStreamKernel<Format, kTiles>;
-  static const bool prepared = [&] {
-    GLOAM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          device.max_shared_bytes));
-    return true;
-  }();
-  static_cast<void>(prepared);
+  constexpr auto kKernel = QuantizedStreamKernel<Format, kTiles>;
+  AllowSharedBytes<kKernel>(device.max_shared_bytes);
   const QuantizedShape shape = ShapeFor<Format, kTiles>(params.m, params.num_units, device);
   const int shared_bytes = Format::kWarps * shape.num_slots * Format::kUnitBytes +
                            Reduction<Format, kTiles>::Bytes(params.m);
   const int grid = (params.num_units + shape.units_per_block - 1) / shape.units_per_block;
-  LaunchKernel(kernel,
+  LaunchKernel(kKernel,
                {.grid = dim3(grid),
                 .block = dim3(Format::kWarps * 32),
                 .shared_bytes = static_cast<size_t>(shared_bytes)},
@@ -422,29 +409,7 @@ void Multiply(const StreamGemmParams& params, const StreamGemmDevice& device) {
 
 void StreamGemmQuantized(WeightType type, const StreamGemmParams& params,
                          const StreamGemmDevice& device) {
-  switch (type) {
-    case WeightType::kQ4_0:
-      return Multiply<WeightType::kQ4_0>(params, device);
-    case WeightType::kQ4_1:
-      return Multiply<WeightType::kQ4_1>(params, device);
-    case WeightType::kQ5_0:
-      return Multiply<WeightType::kQ5_0>(params, device);
-    case WeightType::kQ5_1:
-      return Multiply<WeightType::kQ5_1>(params, device);
-    case WeightType::kQ8_0:
-      return Multiply<WeightType::kQ8_0>(params, device);
-    case WeightType::kQ4_K:
-      return Multiply<WeightType::kQ4_K>(params, device);
-    case WeightType::kQ5_K:
-      return Multiply<WeightType::kQ5_K>(params, device);
-    case WeightType::kQ6_K:
-      return Multiply<WeightType::kQ6_K>(params, device);
-    case WeightType::kF32:
-    case WeightType::kF16:
-    case WeightType::kBF16:
-      break;
-  }
-  GLOAM_CHECK(!"a quantised weight type");
+  DispatchQuantized(type, [&]<WeightType kType>() { Multiply<kType>(params, device); });
 }
 
 }  // namespace gloam::cuda

@@ -123,18 +123,13 @@ __global__ void __launch_bounds__(TileShape<Format, kTiles>::kThreads, 1)
 template <typename Format, int kTiles>
 void TileGemm(const StreamGemmParams& params, const StreamGemmDevice& device) {
   using T = TileShape<Format, kTiles>;
-  const auto kernel = TileGemmKernel<Format, kTiles>;
-  static const bool prepared = [&] {
-    GLOAM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          device.max_shared_bytes));
-    return true;
-  }();
-  static_cast<void>(prepared);
+  constexpr auto kKernel = TileGemmKernel<Format, kTiles>;
+  AllowSharedBytes<kKernel>(device.max_shared_bytes);
   int num_stages = device.max_shared_bytes / T::kStageBytes;
   if (num_stages > 5) num_stages = 5;
   const dim3 grid((params.m + T::kTokens - 1) / T::kTokens,
                   (params.num_units + T::kUnits - 1) / T::kUnits);
-  LaunchKernel(kernel,
+  LaunchKernel(kKernel,
                {.grid = grid,
                 .block = dim3(T::kThreads),
                 .shared_bytes = static_cast<size_t>(num_stages) * T::kStageBytes},

@@ -32,6 +32,18 @@ struct LaunchShape {
   int cluster_blocks = 1;   // along x; more than one from compute capability 9.0 on
 };
 
+// Lets kKernel have up to `bytes` of dynamic shared memory; done once (one GPU), so `bytes` is the
+// same every time.
+template <auto kKernel>
+void AllowSharedBytes(int bytes) {
+  static const bool allowed = [&] {
+    GLOAM_CUDA_CHECK(
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    return true;
+  }();
+  static_cast<void>(allowed);
+}
+
 template <typename... Params, typename... Args>
 void LaunchKernel(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream,
                   Args&&... args) {

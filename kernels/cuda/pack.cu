@@ -18,34 +18,6 @@ constexpr int kThreads = 256;
 
 int64_t NumBlocks(int64_t num_threads) { return (num_threads + kThreads - 1) / kThreads; }
 
-// Calls function.operator()<type>() for a quantised type.
-template <typename Function>
-void DispatchQuantized(WeightType type, Function&& function) {
-  switch (type) {
-    case WeightType::kQ4_0:
-      return function.template operator()<WeightType::kQ4_0>();
-    case WeightType::kQ4_1:
-      return function.template operator()<WeightType::kQ4_1>();
-    case WeightType::kQ5_0:
-      return function.template operator()<WeightType::kQ5_0>();
-    case WeightType::kQ5_1:
-      return function.template operator()<WeightType::kQ5_1>();
-    case WeightType::kQ8_0:
-      return function.template operator()<WeightType::kQ8_0>();
-    case WeightType::kQ4_K:
-      return function.template operator()<WeightType::kQ4_K>();
-    case WeightType::kQ5_K:
-      return function.template operator()<WeightType::kQ5_K>();
-    case WeightType::kQ6_K:
-      return function.template operator()<WeightType::kQ6_K>();
-    case WeightType::kF32:
-    case WeightType::kF16:
-    case WeightType::kBF16:
-      break;
-  }
-  GLOAM_CHECK(!"a quantised weight type");
-}
-
 __global__ void ConvertF32Kernel(const float* in, __nv_bfloat16* out, int64_t n) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i < n) out[i] = __float2bfloat16(in[i]);

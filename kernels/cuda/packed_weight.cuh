@@ -27,6 +27,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "base/check.h"
 #include "kernels/cuda/gemm_common.cuh"
 #include "kernels/quant_block.h"
 
@@ -41,6 +42,34 @@ __host__ __device__ constexpr int64_t NumStages(int64_t cols) {
 }
 __host__ __device__ constexpr int64_t NumUnits(int64_t rows) {
   return (rows + kUnitRows - 1) / kUnitRows;
+}
+
+// Calls function.operator()<type>() for a quantised type.
+template <typename Function>
+void DispatchQuantized(WeightType type, Function&& function) {
+  switch (type) {
+    case WeightType::kQ4_0:
+      return function.template operator()<WeightType::kQ4_0>();
+    case WeightType::kQ4_1:
+      return function.template operator()<WeightType::kQ4_1>();
+    case WeightType::kQ5_0:
+      return function.template operator()<WeightType::kQ5_0>();
+    case WeightType::kQ5_1:
+      return function.template operator()<WeightType::kQ5_1>();
+    case WeightType::kQ8_0:
+      return function.template operator()<WeightType::kQ8_0>();
+    case WeightType::kQ4_K:
+      return function.template operator()<WeightType::kQ4_K>();
+    case WeightType::kQ5_K:
+      return function.template operator()<WeightType::kQ5_K>();
+    case WeightType::kQ6_K:
+      return function.template operator()<WeightType::kQ6_K>();
+    case WeightType::kF32:
+    case WeightType::kF16:
+    case WeightType::kBF16:
+      break;
+  }
+  GLOAM_CHECK(!"a quantised weight type");
 }
 
 // Where a lane copies a weight from that lies as [units][stages][kUnitBytes]: a stage of a unit.
@@ -182,6 +211,15 @@ class PairScales {
   __half2 halves_[4];  // (scale, min) of run r and row g + 8 * hi in [2 * r + hi]; without a min,
                        // scales of rows g and g + 8 in [r]
 };
+
+// acc += a tile's products of one run, times the scales of its rows g and g + 8.
+__device__ __forceinline__ void AddScaled(const float (&part)[4], float low, float high,
+                                          float (&acc)[4]) {
+  acc[0] = fmaf(part[0], low, acc[0]);
+  acc[1] = fmaf(part[1], low, acc[1]);
+  acc[2] = fmaf(part[2], high, acc[2]);
+  acc[3] = fmaf(part[3], high, acc[3]);
+}
 
 __device__ __forceinline__ __nv_bfloat162 AsBF16x2(uint32_t bits) {
   __nv_bfloat162 out;

@@ -11,6 +11,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "catch2/catch.hpp"
@@ -621,16 +622,22 @@ TEST_CASE("tidal_decode reuses what the listed layers have selected", "[selector
 
 // ---- quest
 
+// Minimum and maximum of a channel of a block's keys.
+std::pair<double, double> RangeOf(const Context& context, int64_t block, int kv_head, int channel) {
+  double min = std::numeric_limits<double>::infinity();
+  double max = -min;
+  for (int i = 0; i < kBlockTokens; ++i) {
+    const double key = context.Key(block * kBlockTokens + i, kv_head, channel);
+    min = std::min(min, key);
+    max = std::max(max, key);
+  }
+  return {min, max};
+}
+
 double BoundOf(const Context& context, int64_t block, int kv_head, int head) {
   double bound = 0;
   for (int c = 0; c < context.shape().head_dim; ++c) {
-    double min = std::numeric_limits<double>::infinity();
-    double max = -min;
-    for (int i = 0; i < kBlockTokens; ++i) {
-      const double key = context.Key(block * kBlockTokens + i, kv_head, c);
-      min = std::min(min, key);
-      max = std::max(max, key);
-    }
+    const auto [min, max] = RangeOf(context, block, kv_head, c);
     const double q = context.query(head, c);
     bound += std::max(q * min, q * max);
   }
@@ -761,13 +768,7 @@ TEST_CASE("quest selects whole blocks, those with the largest bounds", "[selecto
 double ScoreOf(const Context& context, int64_t block, int kv_head, int head, double weight) {
   double score = 0;
   for (int c = 0; c < context.shape().head_dim; ++c) {
-    double min = std::numeric_limits<double>::infinity();
-    double max = -min;
-    for (int i = 0; i < kBlockTokens; ++i) {
-      const double key = context.Key(block * kBlockTokens + i, kv_head, c);
-      min = std::min(min, key);
-      max = std::max(max, key);
-    }
+    const auto [min, max] = RangeOf(context, block, kv_head, c);
     const double q = context.query(head, c);
     score += q * (min + max) / 2 + weight * std::fabs(q) * (max - min) / 2;
   }

@@ -99,7 +99,7 @@ class PagedLoads {
     if (kv_len % kPageTokens != 0 && (tile + 1) * kTileTokens > kv_len) {
       // The tile has a page whose rows are not all the context's.
       if (tile > first_tile) {
-        CopyKeys(params, context, next_block, keys, keys_state, shared);
+        CopyTile(params, context, next_block, 0, keys, keys_state, shared.smem_k.data());
       }
       CopyLastValues(params, context, tile, block, values, values_state, shared);
       if (tile == first_tile) return;
@@ -109,12 +109,12 @@ class PagedLoads {
     }
     for (; tile > first_tile; --tile) {
       const int after_next = BlockOf(context, tile - 2);
-      CopyKeys(params, context, next_block, keys, keys_state, shared);
-      CopyValues(params, context, block, values, values_state, shared);
+      CopyTile(params, context, next_block, 0, keys, keys_state, shared.smem_k.data());
+      CopyTile(params, context, block, 1, values, values_state, shared.smem_v.data());
       block = next_block;
       next_block = after_next;
     }
-    CopyValues(params, context, block, values, values_state, shared);
+    CopyTile(params, context, block, 1, values, values_state, shared.smem_v.data());
   }
 
   // Before the thread block ends: waits until nothing is read any more.
@@ -163,23 +163,13 @@ class PagedLoads {
         Piece() * kPieceChannels, RowOf(params, context, block, is_values));
   }
 
-  template <typename SharedStorage>
-  CUTLASS_DEVICE static void CopyKeys(const Params& params, const Context& context, int block,
-                                      MainloopPipeline& keys, PipelineState& state,
-                                      SharedStorage& shared) {
-    keys.producer_acquire(state);
-    Copy(params, context, block, 0, keys.producer_get_barrier(state),
-         TileAt(shared.smem_k.data(), state));
-    ++state;
-  }
-
-  template <typename SharedStorage>
-  CUTLASS_DEVICE static void CopyValues(const Params& params, const Context& context, int block,
-                                        MainloopPipeline& values, PipelineState& state,
-                                        SharedStorage& shared) {
-    values.producer_acquire(state);
-    Copy(params, context, block, 1, values.producer_get_barrier(state),
-         TileAt(shared.smem_v.data(), state));
+  // Keys or values of the next tile of `pipeline`, whose ring of tiles is at `tiles`.
+  CUTLASS_DEVICE static void CopyTile(const Params& params, const Context& context, int block,
+                                      int is_values, MainloopPipeline& pipeline,
+                                      PipelineState& state, T* tiles) {
+    pipeline.producer_acquire(state);
+    Copy(params, context, block, is_values, pipeline.producer_get_barrier(state),
+         TileAt(tiles, state));
     ++state;
   }
 
