@@ -1,5 +1,6 @@
 #include "models/llama.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <utility>
@@ -39,6 +40,8 @@ Status Llama::Reserve(int max_tokens, int max_logit_rows) {
   // Two-byte types are told apart when the cache's type is known, in the forward pass.
   const DType query_dtype = ops_.QueryDType(DType::kBF16);
   const int64_t q_dim = int64_t{c.num_heads} * c.head_dim;
+  // A token's logits may be asked for twice, so there may be more of them than tokens.
+  const int max_rows = std::max(max_tokens, max_logit_rows);
   struct Piece {
     TensorView Activations::*view;
     DType dtype;
@@ -46,13 +49,13 @@ Status Llama::Reserve(int max_tokens, int max_logit_rows) {
   };
   const Piece pieces[] = {
       {&Activations::hidden, dtypes.residual, max_tokens, c.hidden_size},
-      {&Activations::normed, dtypes.input, max_tokens, c.hidden_size},
+      {&Activations::normed, dtypes.input, max_rows, c.hidden_size},
       {&Activations::qkv, dtypes.qkv, max_tokens, q_dim + int64_t{2} * c.num_kv_heads * c.head_dim},
       {&Activations::query, query_dtype, dtypes.qkv == query_dtype ? 0 : max_tokens, q_dim},
       {&Activations::attended, dtypes.input, max_tokens, q_dim},
-      {&Activations::gate_up, dtypes.input, max_tokens, int64_t{2} * c.intermediate_size},
+      {&Activations::gate_up, dtypes.input, max_rows, int64_t{2} * c.intermediate_size},
       {&Activations::last, dtypes.residual, max_logit_rows, c.hidden_size},
-      {&Activations::last_normed, dtypes.input, max_logit_rows, c.hidden_size},
+      {&Activations::last_attended, dtypes.input, max_logit_rows, q_dim},
       {&Activations::logits, DType::kF32, max_logit_rows, c.vocab_size},
   };
   const auto bytes_of = [](const Piece& piece) {
@@ -87,15 +90,26 @@ TensorView Llama::Forward(const ForwardBatch& batch) {
                       .kv = batch.kv.front().layout,
                       .num_heads = config_.num_heads,
                       .sliding_window = config_.sliding_window});
-  for (int i = 0; i < config_.num_layers; ++i) {
+  const TensorView hidden = activations_.hidden.Rows(0, num_tokens);
+  const TensorView attended = activations_.attended.Rows(0, num_tokens);
+  const int last_layer = config_.num_layers - 1;
+  for (int i = 0; i < last_layer; ++i) {
     Attention(i, batch);
-    FeedForward(weights_.layers[i], num_tokens);
+    AfterAttention(weights_.layers[i], attended, hidden);
   }
-  return Logits(batch);
+  Attention(last_layer, batch);
+  // Behind its attention the last layer serves the rows alone whose logits are asked for.
+  const TensorView last = activations_.last.Rows(0, batch.num_logit_rows);
+  if (batch.num_logit_rows > 0) {
+    const TensorView last_attended = activations_.last_attended.Rows(0, batch.num_logit_rows);
+    ops_.GatherRows({.x = hidden, .row_indices = batch.logit_rows, .out = last});
+    ops_.GatherRows({.x = attended, .row_indices = batch.logit_rows, .out = last_attended});
+    AfterAttention(weights_.layers[last_layer], last_attended, last);
+  }
+  return Logits(last);
 }
 
-// hidden += W_o attention(rope(norm(W_q h)), cache of rope(norm(W_k h)) and W_v h), h =
-// norm(hidden)
+// attended = attention(rope(norm(W_q h)), cache of rope(norm(W_k h)) and W_v h), h = norm(hidden)
 void Llama::Attention(int layer_index, const ForwardBatch& batch) {
   const ModelConfig& c = config_;
   const LlamaLayer& layer = weights_.layers[layer_index];
@@ -133,7 +147,6 @@ void Llama::Attention(int layer_index, const ForwardBatch& batch) {
                      .style = c.rope_style,
                      .kv = batch.kv[layer_index]});
   Attend(layer_index, batch, query, Heads(attended, c.num_heads, c.head_dim));
-  layer.attention_out.Apply(ops_, attended, hidden, /*accumulate=*/true);
 }
 
 // Attention of a layer: dense rows, then those with a sparsity policy.
@@ -160,7 +173,8 @@ void Llama::Attend(int layer_index, const ForwardBatch& batch, const TensorView&
                          .layer = layer_index,
                          .compressed = vote.compressed});
   }
-  if (static_cast<int>(sparse.rows.size()) < batch.seqs.num_tokens) {
+  const bool is_read = batch.num_logit_rows > 0 || layer_index + 1 < config_.num_layers;
+  if (is_read && static_cast<int>(sparse.rows.size()) < batch.seqs.num_tokens) {
     ops_.Attention({.batch = batch.seqs,
                     .q = q,
                     .kv = kv,
@@ -183,14 +197,15 @@ void Llama::Attend(int layer_index, const ForwardBatch& batch, const TensorView&
   }
 }
 
-// hidden += W_down (silu(W_gate h) * W_up h), h = norm(hidden)
-void Llama::FeedForward(const LlamaLayer& layer, int num_tokens) {
-  const TensorView hidden = activations_.hidden.Rows(0, num_tokens);
-  const TensorView normed = activations_.normed.Rows(0, num_tokens);
-  const TensorView gate_up = activations_.gate_up.Rows(0, num_tokens);
+// hidden += W_o attended, then hidden += W_down (silu(W_gate h) * W_up h), h = norm(hidden)
+void Llama::AfterAttention(const LlamaLayer& layer, const TensorView& attended,
+                           const TensorView& hidden) {
+  const TensorView normed = activations_.normed.Rows(0, hidden.shape[0]);
+  const TensorView gate_up = activations_.gate_up.Rows(0, hidden.shape[0]);
   const TensorView gate = gate_up.Columns(0, config_.intermediate_size);
   const TensorView up = gate_up.Columns(config_.intermediate_size, config_.intermediate_size);
 
+  layer.attention_out.Apply(ops_, attended, hidden, /*accumulate=*/true);
   RmsNorm(hidden, layer.feed_forward_norm, normed);
   if (!layer.gate_up.ApplyGated(ops_, normed, gate)) {
     layer.gate_up.Apply(ops_, normed, gate_up, /*accumulate=*/false);
@@ -199,16 +214,12 @@ void Llama::FeedForward(const LlamaLayer& layer, int num_tokens) {
   layer.down.Apply(ops_, gate, hidden, /*accumulate=*/true);
 }
 
-// logits = W_lm norm(hidden), for the rows that ask for them.
-TensorView Llama::Logits(const ForwardBatch& batch) {
-  const TensorView last = activations_.last.Rows(0, batch.num_logit_rows);
-  const TensorView logits = activations_.logits.Rows(0, batch.num_logit_rows);
-  if (batch.num_logit_rows == 0) return logits;
-  ops_.GatherRows({.x = activations_.hidden.Rows(0, batch.seqs.num_tokens),
-                   .row_indices = batch.logit_rows,
-                   .out = last});
-  const TensorView normed = activations_.last_normed.Rows(0, batch.num_logit_rows);
-  RmsNorm(last, weights_.output_norm, normed);
+// logits = W_lm norm(hidden)
+TensorView Llama::Logits(const TensorView& hidden) {
+  const TensorView logits = activations_.logits.Rows(0, hidden.shape[0]);
+  if (hidden.shape[0] == 0) return logits;
+  const TensorView normed = activations_.normed.Rows(0, hidden.shape[0]);
+  RmsNorm(hidden, weights_.output_norm, normed);
   const Weight* lm_head =
       weights_.lm_head ? weights_.lm_head.get() : weights_.token_embedding.get();
   ops_.Gemm({.x = normed, .outputs = {{{.weight = lm_head, .y = logits}}}, .num_outputs = 1});

@@ -26,15 +26,15 @@ class Llama final : public Model {
   // Everything that a step computes, in one piece of memory.
   struct Activations {
     Buffer memory;
-    TensorView hidden;       // [max_tokens, hidden_size], the residual stream
-    TensorView normed;       // [max_tokens, hidden_size]
-    TensorView qkv;          // [max_tokens, (num_heads + 2 num_kv_heads) head_dim]
-    TensorView query;        // [max_tokens, num_heads head_dim] rotated; empty where qkv holds it
-    TensorView attended;     // [max_tokens, num_heads head_dim]
-    TensorView gate_up;      // [max_tokens, 2 intermediate_size]
-    TensorView last;         // [max_logit_rows, hidden_size], rows of `hidden`
-    TensorView last_normed;  // [max_logit_rows, hidden_size]
-    TensorView logits;       // [max_logit_rows, vocab_size] fp32
+    TensorView hidden;         // [max_tokens, hidden_size], the residual stream
+    TensorView normed;         // [max_rows, hidden_size]
+    TensorView qkv;            // [max_tokens, (num_heads + 2 num_kv_heads) head_dim]
+    TensorView query;          // [max_tokens, num_heads head_dim] rotated; empty where qkv holds it
+    TensorView attended;       // [max_tokens, num_heads head_dim]
+    TensorView gate_up;        // [max_tokens, 2 intermediate_size]
+    TensorView last;           // [max_logit_rows, hidden_size], rows of `hidden`
+    TensorView last_attended;  // [max_logit_rows, num_heads head_dim], rows of `attended`
+    TensorView logits;         // [max_logit_rows, vocab_size] fp32
   };
 
   Llama(ModelConfig config, LlamaWeights weights, Ops& ops);
@@ -42,8 +42,9 @@ class Llama final : public Model {
   void Attention(int layer_index, const ForwardBatch& batch);
   void Attend(int layer_index, const ForwardBatch& batch, const TensorView& q,
               const TensorView& out);
-  void FeedForward(const LlamaLayer& layer, int num_tokens);
-  TensorView Logits(const ForwardBatch& batch);
+  void AfterAttention(const LlamaLayer& layer, const TensorView& attended,
+                      const TensorView& hidden);
+  TensorView Logits(const TensorView& hidden);
   void RmsNorm(const TensorView& x, const Buffer& weight, const TensorView& out);
 
   ModelConfig config_;

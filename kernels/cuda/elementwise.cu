@@ -221,10 +221,10 @@ __global__ void __launch_bounds__(256) SiluMulAnyKernel(SiluMulKernelParams p) {
                                     __bfloat162float(p.up[token * p.up_stride + at])));
 }
 
-// ---- GatherRows: 4 bytes read and written per element
+// ---- GatherRows: each byte read and written once
 
 struct GatherRowsKernelParams {
-  const float* x;              // [num_tokens, dim]
+  const float* x;              // [num_tokens, dim], or what fills as many bytes
   const int32_t* row_indices;  // [num_rows]
   float* out;                  // [num_rows, dim]
   int64_t x_stride;
@@ -315,15 +315,21 @@ void GatherRows(const GatherRowsParams& params, const DeviceContext& context) {
   const TensorView& x = params.x;
   const TensorView& out = params.out;
   GLOAM_CHECK(x.rank == 2 && out.rank == 2 && out.shape[1] == x.shape[1]);
-  GLOAM_CHECK(x.dtype == DType::kF32 && out.dtype == DType::kF32);
+  GLOAM_CHECK(out.dtype == x.dtype);
+  // Rows are copied in words of four bytes.
+  const auto words = [&](int64_t elements) {
+    const int64_t bytes = elements * static_cast<int64_t>(DTypeBytes(x.dtype));
+    GLOAM_CHECK(bytes % 4 == 0);
+    return bytes / 4;
+  };
   GatherRowsKernelParams p = {};
-  p.x = x.Data<const float>();
+  p.x = static_cast<const float*>(x.data);
   p.row_indices = params.row_indices;
-  p.out = out.Data<float>();
-  p.x_stride = x.strides[0];
-  p.out_stride = out.strides[0];
+  p.out = static_cast<float*>(out.data);
+  p.x_stride = words(x.strides[0]);
+  p.out_stride = words(out.strides[0]);
   p.num_tokens = x.shape[0];
-  p.dim = static_cast<int>(x.shape[1]);
+  p.dim = static_cast<int>(words(x.shape[1]));
   const unsigned num_rows = static_cast<unsigned>(out.shape[0]);
   if (num_rows == 0 || p.dim == 0) return;
   const bool by_four = p.dim % 4 == 0 && p.x_stride % 4 == 0 && p.out_stride % 4 == 0 &&
