@@ -36,9 +36,10 @@ namespace cpu {
 
 // kTopP: beside what is always kept, {weight >= t} for the largest t at which kept_mass >=
 // threshold * total_mass: so equal weights are kept or dropped together, and without the smallest
-// of them the mass falls short. Nothing is added where the mass is there already; threshold >= 1
-// keeps every candidate. kThreshold: logit >= max - threshold. min_tokens adds the largest weights
-// that are missing, lowest index first among equals.
+// of them the mass falls short. Nothing is added where the mass is there already. Beside that,
+// what weighs keep_weight * total_mass or more is kept. threshold >= 1 keeps every candidate.
+// kThreshold: logit >= max - threshold. min_tokens adds the largest weights that are missing,
+// lowest index first among equals.
 //
 // Sums are taken in double, in an order that the input alone decides: "reached" and "short" hold up
 // to a relative error of num_tokens * 2^-52. NaN logits count as -FLT_MAX, infinite ones as the

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "base/check.h"
@@ -30,8 +31,8 @@ void CheckParams(const PruneParams& params) {
   GLOAM_CHECK(no_candidates == 0);
 }
 
-// kept := the candidates that top-p adds to those that are kept in any case. `base` is the mass of
-// those, beside the `total` of everything.
+// kept := the candidates that top-p and keep_weight add to those that are kept in any case. `base`
+// is the mass of those, beside the `total` of everything.
 void AddTopP(const PruneParams& params, double base, double total) {
   for (int64_t i = 0; i < params.num_blocks; ++i) {
     params.kept[i] = params.candidates[i] & static_cast<TokenMask>(~AlwaysKept(params, i));
@@ -39,8 +40,11 @@ void AddTopP(const PruneParams& params, double base, double total) {
   const double share = params.pruner.threshold;
   const double missing = share * total - base;
   const int64_t count = CountOf(params.kept, params.num_blocks);
+  const float heavy = params.pruner.keep_weight > 0
+                          ? static_cast<float>(params.pruner.keep_weight * total)
+                          : std::numeric_limits<float>::infinity();
   if (missing <= 0 || count == 0) {
-    std::fill_n(params.kept, params.num_blocks, kNoTokens);
+    KeepAtLeast(params.weights, heavy, params.num_blocks, params.kept);
     return;
   }
   // What is below this sums to less than may be lost; half of it leaves room for rounding.
@@ -51,7 +55,7 @@ void AddTopP(const PruneParams& params, double base, double total) {
       GatherKeysFrom(params.weights, negligible, params.kept, params.num_blocks, buffers);
   GLOAM_CHECK(keys.count > 0);
   const Cut cut = CutByMass(buffers, keys, missing);
-  KeepAtLeast(params.weights, ValueOfKey(cut.key), params.num_blocks, params.kept);
+  KeepAtLeast(params.weights, std::min(heavy, ValueOfKey(cut.key)), params.num_blocks, params.kept);
 }
 
 // Adds the largest weights until min_tokens are kept.

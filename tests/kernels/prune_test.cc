@@ -140,6 +140,12 @@ std::vector<int64_t> SortedChoices(const Row& row) {
   return choices;
 }
 
+// The weight from which keep_weight keeps.
+float HeavyWeight(const Row& row, const PruneResult& result) {
+  if (row.pruner.keep_weight == 0) return std::numeric_limits<float>::infinity();
+  return static_cast<float>(row.pruner.keep_weight * result.total_mass);
+}
+
 // The set that the header describes for top-p, from the weights that Run has left, or nothing where
 // rounding may decide between two.
 std::optional<std::vector<TokenMask>> ExpectedTopP(const Row& row, const PruneResult& result) {
@@ -153,11 +159,14 @@ std::optional<std::vector<TokenMask>> ExpectedTopP(const Row& row, const PruneRe
     kept[token / kBlockTokens] |= static_cast<TokenMask>(1 << token % kBlockTokens);
   };
   const std::vector<int64_t> choices = SortedChoices(row);
+  const float heavy = HeavyWeight(row, result);
   size_t next = 0;
   while (next < choices.size()) {
-    if (std::fabs(static_cast<double>(mass - wanted)) <= doubt) return std::nullopt;
-    if (mass >= wanted) break;
     const float weight = row.weights[choices[next]];
+    if (weight < heavy) {
+      if (std::fabs(static_cast<double>(mass - wanted)) <= doubt) return std::nullopt;
+      if (mass >= wanted) break;
+    }
     for (; next < choices.size() && row.weights[choices[next]] == weight; ++next) {
       mass += weight;
       take(choices[next]);
@@ -178,7 +187,7 @@ void CheckMinimal(const Row& row, const PruneResult& result) {
   for (int64_t i = 0; i < row.num_tokens(); ++i) {
     if (Row::Has(row.kept, i) && !row.IsAlways(i)) smallest = std::min(smallest, row.weights[i]);
   }
-  if (std::isinf(smallest)) return;
+  if (smallest >= HeavyWeight(row, result)) return;  // without any: infinite
   double dropped = 0;
   for (int64_t i = 0; i < row.num_tokens(); ++i) {
     if (Row::Has(row.kept, i) && !row.IsAlways(i) && row.weights[i] == smallest) {
@@ -267,6 +276,8 @@ Row RandomRow(const LogitsOf& logit_of, std::mt19937& rng) {
   row.pruner.type = PrunerType::kTopP;
   row.pruner.threshold = RandomShare(rng);
   if (rng() % 4 == 0) row.pruner.min_tokens = static_cast<int>(rng() % 64);
+  constexpr float kKeepWeights[] = {0, 0, 1e-4f, 1e-3f, 0.03f, 0.5f, 1};
+  row.pruner.keep_weight = kKeepWeights[rng() % std::size(kKeepWeights)];
   return row;
 }
 
@@ -348,6 +359,26 @@ TEST_CASE("Equal weights are kept or dropped together, and min_tokens splits the
   CHECK(sharp.kept[0] == 0b111);  // the lowest indices of the equal ones
   sharp.pruner.min_tokens = 100;
   CHECK(sharp.Run().num_kept == 5);
+}
+
+TEST_CASE("Heavy weights stay whatever share top-p wants", "[prune]") {
+  // exp(3), exp(2), exp(1) and three times 1 of 33.2: 61, 22, 8 and 3 per cent.
+  Row row = SmallRow({0, 3, 0, 2, 1, 0}, PrunerType::kTopP, 0.5f);
+  row.pruner.keep_weight = 0.2f;
+  row.Run();
+  CHECK(row.kept[0] == 0b1010);
+  row.pruner.keep_weight = 0.9f;  // takes nothing away
+  row.Run();
+  CHECK(row.kept[0] == 0b10);
+  row.pruner.threshold = 0.95f;
+  row.Run();
+  CHECK(row.kept[0] == 0b111111);
+  // The mass is there already.
+  row.pruner.threshold = 0.5f;
+  row.pruner.keep_weight = 0.05f;
+  row.always = {0b10};
+  row.Run();
+  CHECK(row.kept[0] == 0b11010);
 }
 
 TEST_CASE("What is always kept and the open block count to the mass", "[prune]") {

@@ -91,6 +91,7 @@ TEST_CASE("The paper's file keeps the paper's meaning") {
   // Nothing of ours unless asked for.
   CHECK_FALSE(policy->pruner.share_group);
   CHECK(policy->pruner.min_tokens == 0);
+  CHECK(policy->pruner.keep_weight == 0);
   CHECK(policy->tail == TailType::kNone);
   CHECK(policy->sink_tokens == 0);
   CHECK(policy->recent_tokens == 0);
@@ -149,7 +150,7 @@ const char* const kFullPolicies[] = {
     R"({"selector": {"type": "streaming", "num_sinks": 4, "token_budget": 1020}})",
     R"({"selector": {"type": "sparq", "r": 16, "token_budget": 512},
         "weight_estimator": {"type": "max_quant", "quant_bit": 8},
-        "weight_pruner": {"type": "top_p", "threshold": 1}})",
+        "weight_pruner": {"type": "top_p", "threshold": 1, "keep_weight": 0.001}})",
     R"({"selector": {"type": "tidal_decode", "reselection_layers": [2, 7], "token_budget": 512}})",
     R"({"selector": {"type": "oracle_topk", "token_budget": 512}})",
 };
@@ -261,6 +262,10 @@ TEST_CASE("Faults name the key's path and what it may be") {
        "above 0"},
       {R"({"weight_pruner": {"type": "top_p", "threshold": 0.9, "min_tokens": -1}})",
        "weight_pruner.min_tokens", "[0, 16777216]"},
+      {R"({"weight_pruner": {"type": "top_p", "threshold": 0.9, "keep_weight": 1.5}})",
+       "weight_pruner.keep_weight", "[0, 1]"},
+      {R"({"weight_pruner": {"type": "threshold", "threshold": 9, "keep_weight": 0.1}})",
+       "weight_pruner.keep_weight", "the weight_pruner \"threshold\""},
       {R"({"weight_pruner": {"type": "none", "threshold": 0.9}})", "weight_pruner.threshold",
        "the weight_pruner \"none\""},
       {R"({"weight_pruner": {"type": "none", "share_group": 1}})", "weight_pruner.share_group",
