@@ -1,11 +1,13 @@
 #include "eval/attention_bench.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <utility>
 
 #include "fmt/format.h"
 #include "kernels/selector.h"
@@ -232,26 +234,45 @@ StageBytes BytesOf(const SparsityPolicy& policy, const KvLayout& kv, const Spars
   return result;
 }
 
-// Sums over layers and repeats of one policy at one shape.
+// Stages of SparseStageTimes and the names of their fields in a row.
+constexpr std::pair<std::atomic<int64_t> SparseStageTimes::*, const char*> kStages[] = {
+    {&SparseStageTimes::select, "select_us"}, {&SparseStageTimes::estimate, "estimate_us"},
+    {&SparseStageTimes::prune, "prune_us"},   {&SparseStageTimes::attend, "attend_us"},
+    {&SparseStageTimes::tail, "tail_us"},
+};
+
+// Means over layers of one policy's medians at one shape. A repeat runs through all layers, as a
+// decode step does: a layer's keys have left the nearer caches when it comes again.
 nlohmann::ordered_json MeasurePolicy(std::vector<LayerReplay>& layers,
                                      const AttentionProfile& profile, const SparsityPolicy* policy,
                                      int repeats) {
+  std::vector<std::vector<double>> runs(layers.size());
+  std::vector<std::array<std::vector<double>, std::size(kStages)>> stage_runs(layers.size());
+  for (int i = -1; i < repeats; ++i) {
+    for (size_t layer = 0; layer < layers.size(); ++layer) {
+      SparseStageTimes times;
+      const double run =
+          policy == nullptr ? layers[layer].Dense() : layers[layer].Sparse(*policy, times);
+      if (i < 0) continue;
+      runs[layer].push_back(run);
+      for (size_t stage = 0; stage < std::size(kStages); ++stage) {
+        stage_runs[layer][stage].push_back(
+            static_cast<double>((times.*kStages[stage].first).load()) * 1e-3);
+      }
+    }
+  }
   double us = 0;
-  SparseStageTimes times;
+  std::array<double, std::size(kStages)> stage_us = {};
   StageBytes bytes;
   double kept = 0, loaded = 0, candidates = 0;
   double num_heads = 0;
-  for (LayerReplay& layer : layers) {
-    std::vector<double> runs;
-    SparseStageTimes warm_up;
-    for (int i = -1; i < repeats; ++i) {
-      const double run =
-          policy == nullptr ? layer.Dense() : layer.Sparse(*policy, i < 0 ? warm_up : times);
-      if (i >= 0) runs.push_back(run);
-    }
-    us += Median(runs);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    us += Median(runs[i]);
     if (policy == nullptr) continue;
-    for (const SparseHeadStats& head : layer.stats()) {
+    for (size_t stage = 0; stage < stage_us.size(); ++stage) {
+      stage_us[stage] += Median(stage_runs[i][stage]);
+    }
+    for (const SparseHeadStats& head : layers[i].stats()) {
       // An upper bound of the blocks in which some head has a candidate.
       const double blocks = std::min<double>(
           (head.context - 1) / kBlockTokens,
@@ -271,14 +292,9 @@ nlohmann::ordered_json MeasurePolicy(std::vector<LayerReplay>& layers,
   nlohmann::ordered_json row;
   row["us"] = us / num_layers;
   if (policy == nullptr) return row;
-  const auto stage = [&](const std::atomic<int64_t>& ns) {
-    return static_cast<double>(ns.load()) * 1e-3 / num_layers / repeats;
-  };
-  row["select_us"] = stage(times.select);
-  row["estimate_us"] = stage(times.estimate);
-  row["prune_us"] = stage(times.prune);
-  row["attend_us"] = stage(times.attend);
-  row["tail_us"] = stage(times.tail);
+  for (size_t stage = 0; stage < stage_us.size(); ++stage) {
+    row[kStages[stage].second] = stage_us[stage] / num_layers;
+  }
   row["select_bytes"] = bytes.select / num_layers;
   row["estimate_bytes"] = bytes.estimate / num_layers;
   row["attend_bytes"] = bytes.attend / num_layers;
