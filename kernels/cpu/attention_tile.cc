@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "kernels/cpu/bf16.h"
-#include "kernels/cpu/block_prefetcher.h"
+#include "kernels/cpu/piece_prefetcher.h"
 #include "kernels/float16.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -138,19 +138,35 @@ inline VF LoadChannels(const T* from) {
   return hn::PromoteTo(DF(), hn::Load(d, from));
 }
 
+// Keys or values of one block, by token: one after another, or each at an address of its own.
+template <typename T>
+struct BlockRows {
+  const T* data;
+  int64_t head_dim;
+  HWY_INLINE const T* operator[](int token) const { return data + token * head_dim; }
+};
+template <typename T>
+struct ListedRows {
+  const std::byte* const* rows;
+  int64_t offset_bytes;
+  HWY_INLINE const T* operator[](int token) const {
+    return reinterpret_cast<const T*>(rows[token] + offset_bytes);
+  }
+};
+
 // q . k is the sum of kLanes partial sums: number l takes the channels c with c % kLanes = l, in
 // ascending order. They are added as a tree: (x0 + x2) + (x1 + x3) of every four, and the kLanes /
 // 4 results in neighbouring pairs.
 
 #if HWY_TARGET == HWY_SCALAR
 
-template <int kRows, typename T>
-void ScoreBlockRows(const float* HWY_RESTRICT queries, const T* block, int head_dim,
+template <int kRows, typename Rows>
+void ScoreBlockRows(const float* HWY_RESTRICT queries, const Rows& rows, int head_dim,
                     const PrefetchStep& prefetch, float* HWY_RESTRICT scores) {
   prefetch();
   for (int r = 0; r < kRows; ++r) {
     for (int token = 0; token < kBlockTokens; ++token) {
-      const T* key = block + token * head_dim;
+      const auto* key = rows[token];
       float sum = queries[r * head_dim] * ToFloat(key[0]);
       for (int c = 1; c < head_dim; ++c) {
         sum = hn::GetLane(hn::MulAdd(hn::Set(DF(), queries[r * head_dim + c]),
@@ -197,21 +213,22 @@ inline VF AddBlockPairs(VF a, VF b) {
   return hn::Add(hn::OddEvenBlocks(b, a), hn::SwapAdjacentBlocks(hn::OddEvenBlocks(a, b)));
 }
 
-// scores[row][token] = q[row] . k[token] for kRows rows and the tokens of one block,
-// [16][head_dim]: lanes are channels.
-template <int kRows, typename T>
-void ScoreBlockRows(const float* HWY_RESTRICT queries, const T* block, int head_dim,
+// scores[row][token] = q[row] . k[token] for kRows queries and the tokens of one block: lanes are
+// channels.
+template <int kRows, typename Rows>
+void ScoreBlockRows(const float* HWY_RESTRICT queries, const Rows& rows, int head_dim,
                     const PrefetchStep& prefetch, float* HWY_RESTRICT scores) {
   const DF d;
   VF quads[kRows][4];  // of four tokens each
   HWY_UNROLL(4)
   for (int quad = 0; quad < 4; ++quad) {
     prefetch();
-    const T* keys = block + 4 * quad * head_dim;
+    decltype(rows[0]) keys[4];
     VF sums[kRows][4];
     HWY_UNROLL(4)
     for (int t = 0; t < 4; ++t) {
-      const VF key = LoadChannels(keys + t * head_dim);
+      keys[t] = rows[4 * quad + t];
+      const VF key = LoadChannels(keys[t]);
       HWY_UNROLL(8)
       for (int r = 0; r < kRows; ++r) {
         sums[r][t] = hn::Mul(hn::Load(d, queries + r * head_dim), key);
@@ -223,7 +240,7 @@ void ScoreBlockRows(const float* HWY_RESTRICT queries, const T* block, int head_
       for (int r = 0; r < kRows; ++r) q[r] = hn::Load(d, queries + r * head_dim + c);
       HWY_UNROLL(4)
       for (int t = 0; t < 4; ++t) {
-        const VF key = LoadChannels(keys + t * head_dim + c);
+        const VF key = LoadChannels(keys[t] + c);
         HWY_UNROLL(8)
         for (int r = 0; r < kRows; ++r) sums[r][t] = hn::MulAdd(q[r], key, sums[r][t]);
       }
@@ -350,18 +367,18 @@ void ScoreRows(const float* HWY_RESTRICT queries, const float* HWY_RESTRICT keys
 #endif  // HWY_TARGET == HWY_SCALAR
 
 // Scores of all rows with the tokens of a group's blocks, without transposition.
-template <typename T>
-void ScoreFewRows(const float* queries, const T* block, int num_rows, int head_dim,
+template <typename Rows>
+void ScoreFewRows(const float* queries, const Rows& keys, int num_rows, int head_dim,
                   const PrefetchStep& prefetch, float* scores) {
   int row = 0;
   for (; row + kBlockScoreRows <= num_rows; row += kBlockScoreRows) {
-    ScoreBlockRows<kBlockScoreRows>(queries + row * head_dim, block, head_dim, prefetch,
+    ScoreBlockRows<kBlockScoreRows>(queries + row * head_dim, keys, head_dim, prefetch,
                                     scores + row * kGroupTokens);
   }
   queries += row * head_dim;
   scores += row * kGroupTokens;
-  if (num_rows - row == 2) ScoreBlockRows<2>(queries, block, head_dim, prefetch, scores);
-  if (num_rows - row == 1) ScoreBlockRows<1>(queries, block, head_dim, prefetch, scores);
+  if (num_rows - row == 2) ScoreBlockRows<2>(queries, keys, head_dim, prefetch, scores);
+  if (num_rows - row == 1) ScoreBlockRows<1>(queries, keys, head_dim, prefetch, scores);
 }
 
 void ScoreAllRows(const float* queries, const float* keys, int num_rows, int head_dim,
@@ -433,9 +450,9 @@ inline void MaskScores(uint32_t seen, float* scores) {
 }
 
 // acc[row][c] += sum over tokens, ascending, of probs[row][token] * values[token][c], for kRows
-// rows and kVectors vectors of channels.
-template <int kRows, int kVectors, typename T>
-inline void AddValuesTile(const float* HWY_RESTRICT probs, const T* HWY_RESTRICT values,
+// rows and kVectors vectors of channels from `channel` on.
+template <int kRows, int kVectors, typename Rows>
+inline void AddValuesTile(const float* HWY_RESTRICT probs, const Rows& values, int channel,
                           int num_tokens, int head_dim, const PrefetchStep& prefetch,
                           float* HWY_RESTRICT acc) {
   const DF d;
@@ -452,7 +469,7 @@ inline void AddValuesTile(const float* HWY_RESTRICT probs, const T* HWY_RESTRICT
     VF value[kVectors];
     HWY_UNROLL(8)
     for (int v = 0; v < kVectors; ++v) {
-      value[v] = LoadChannels(values + token * head_dim + v * kLanes);
+      value[v] = LoadChannels(values[token] + channel + v * kLanes);
     }
     HWY_UNROLL(8)
     for (int r = 0; r < kRows; ++r) {
@@ -470,20 +487,20 @@ inline void AddValuesTile(const float* HWY_RESTRICT probs, const T* HWY_RESTRICT
   }
 }
 
-template <int kRows, typename T>
-void AddValuesRows(const float* probs, const T* values, int num_tokens, int head_dim,
+template <int kRows, typename Rows>
+void AddValuesRows(const float* probs, const Rows& values, int num_tokens, int head_dim,
                    const PrefetchStep& prefetch, float* acc) {
   int c = 0;
   for (; c + kValueVectors * kLanes <= head_dim; c += kValueVectors * kLanes) {
-    AddValuesTile<kRows, kValueVectors>(probs, values + c, num_tokens, head_dim, prefetch, acc + c);
+    AddValuesTile<kRows, kValueVectors>(probs, values, c, num_tokens, head_dim, prefetch, acc + c);
   }
   for (; c < head_dim; c += kLanes) {
-    AddValuesTile<kRows, 1>(probs, values + c, num_tokens, head_dim, prefetch, acc + c);
+    AddValuesTile<kRows, 1>(probs, values, c, num_tokens, head_dim, prefetch, acc + c);
   }
 }
 
-template <typename T>
-void AddValues(const float* probs, const T* values, int num_tokens, int num_rows, int head_dim,
+template <typename Rows>
+void AddValues(const float* probs, const Rows& values, int num_tokens, int num_rows, int head_dim,
                const PrefetchStep& prefetch, float* acc) {
   int row = 0;
   for (; row + kValueRows <= num_rows; row += kValueRows) {
@@ -506,7 +523,7 @@ void AddValues(const float* probs, const T* values, int num_tokens, int num_rows
 
 // The part of AttendPartition that the rows of KV head `head` of the tile have in one group.
 // `rows_of_head` are that head's.
-template <typename T>
+template <typename T, bool kListed>
 void AttendGroup(const AttentionTile& tile, int head, int64_t group, int64_t end,
                  const TileWorkspace& workspace, const PrefetchStep& prefetch,
                  const AttentionPartial& rows_of_head) {
@@ -531,16 +548,26 @@ void AttendGroup(const AttentionTile& tile, int head, int64_t group, int64_t end
   float* scores = workspace.probs + first_row * kGroupTokens;
   float* acc = rows_of_head.acc + first_row * head_dim;
 
+  const auto rows_of_block = [&](bool values, int i) HWY_ATTR {
+    if constexpr (kListed) {
+      return ListedRows<T>{tile.rows + group + i * kBlockTokens, values ? tile.values_offset : 0};
+    } else {
+      return BlockRows<T>{values ? tile.kv.Values<const T>(blocks[i], kv_head)
+                                 : tile.kv.Keys<const T>(blocks[i], kv_head),
+                          head_dim};
+    }
+  };
+  const bool transpose = !kListed && rows > kUntransposedRows;
   for (int i = 0; i < num_blocks; ++i) {
-    const T* keys = tile.kv.Keys<T>(blocks[i], kv_head);
-    if (rows <= kUntransposedRows) {
+    const auto keys = rows_of_block(/*values=*/false, i);
+    if (transpose) {
+      TransposeKeys(keys[0], head_dim, workspace.keys + i * kBlockTokens);
+    } else {
       ScoreFewRows(queries + first_row * head_dim, keys, rows, head_dim, prefetch,
                    scores + i * kBlockTokens);
-    } else {
-      TransposeKeys(keys, head_dim, workspace.keys + i * kBlockTokens);
     }
   }
-  if (rows > kUntransposedRows) {
+  if (transpose) {
     ScoreAllRows(queries + first_row * head_dim, workspace.keys, rows, head_dim, scores);
   }
 
@@ -568,21 +595,26 @@ void AttendGroup(const AttentionTile& tile, int head, int64_t group, int64_t end
   // Values past the last position that a row sees are not read: they may be anything.
   const bool convert = sizeof(T) == 2 && rows >= kConvertValuesRows;
   for (int i = 0; i < num_blocks; ++i) {
-    const T* values = tile.kv.Values<T>(blocks[i], kv_head);
+    const auto values = rows_of_block(/*values=*/true, i);
     const int tokens = std::min(kBlockTokens, num_tokens - i * kBlockTokens);
     if (convert) {
-      for (int at = 0; at < tokens * head_dim; at += kLanes) {
-        hn::Store(LoadChannels(values + at), d,
-                  workspace.values + i * kBlockTokens * head_dim + at);
+      float* to = workspace.values + i * kBlockTokens * head_dim;
+      for (int token = 0; token < tokens; ++token, to += head_dim) {
+        for (int c = 0; c < head_dim; c += kLanes) {
+          hn::Store(LoadChannels(values[token] + c), d, to + c);
+        }
       }
     } else {
       AddValues(scores + i * kBlockTokens, values, tokens, rows, head_dim, prefetch, acc);
     }
   }
-  if (convert) AddValues(scores, workspace.values, num_tokens, rows, head_dim, prefetch, acc);
+  if (convert) {
+    AddValues(scores, BlockRows<float>{workspace.values, head_dim}, num_tokens, rows, head_dim,
+              prefetch, acc);
+  }
 }
 
-template <typename T>
+template <typename T, bool kListed>
 void AttendPartitionOf(const AttentionTile& tile, int64_t partition, const TileWorkspace& workspace,
                        const AttentionPartial& result) {
   const DF d;
@@ -596,18 +628,20 @@ void AttendPartitionOf(const AttentionTile& tile, int64_t partition, const TileW
   for (int64_t group = begin / kGroupTokens * kGroupTokens; group < end; group += kGroupTokens) {
     // The next group, of the next partition too, comes while this one is computed.
     const int64_t next = group + kGroupTokens;
-    const int64_t next_tokens =
-        tile.in_cache ? 0 : std::clamp<int64_t>(tile.end() - next, 0, kGroupTokens);
-    BlockPrefetcher next_blocks(tile.kv, tile.kv_head, tile.num_kv_heads,
-                                tile.block_table + next / kBlockTokens,
-                                (next_tokens + kBlockTokens - 1) / kBlockTokens);
+    const int64_t next_tokens = std::clamp<int64_t>(tile.end() - next, 0, kGroupTokens);
+    PiecePrefetcher next_pieces =
+        kListed
+            ? PiecePrefetcher::OfRows(tile.kv, tile.rows + next, next_tokens, tile.values_offset)
+            : PiecePrefetcher::OfBlocks(tile.kv, tile.kv_head, tile.num_kv_heads,
+                                        tile.block_table + next / kBlockTokens,
+                                        (next_tokens + kBlockTokens - 1) / kBlockTokens);
     const int64_t num_steps = int64_t{tile.num_kv_heads} * kPrefetchSteps;
-    const PrefetchStep prefetch = {&next_blocks,
-                                   (next_blocks.NumLines() + num_steps - 1) / num_steps};
+    const PrefetchStep prefetch = {&next_pieces,
+                                   (next_pieces.NumLines() + num_steps - 1) / num_steps};
     for (int head = 0; head < tile.num_kv_heads; ++head) {
       const int64_t first_row = int64_t{head} * tile.rows_per_kv_head();
-      AttendGroup<T>(tile, head, group, end, workspace, prefetch,
-                     {result.acc + first_row * head_dim, nullptr, result.max + first_row});
+      AttendGroup<T, kListed>(tile, head, group, end, workspace, prefetch,
+                              {result.acc + first_row * head_dim, nullptr, result.max + first_row});
     }
   }
   for (int row = 0; row < num_rows; ++row) {
@@ -616,16 +650,23 @@ void AttendPartitionOf(const AttentionTile& tile, int64_t partition, const TileW
   }
 }
 
-void AttendPartitionTarget(const AttentionTile& tile, int64_t partition,
-                           const TileWorkspace& workspace, const AttentionPartial& result) {
+template <bool kListed>
+void AttendPartitionFrom(const AttentionTile& tile, int64_t partition,
+                         const TileWorkspace& workspace, const AttentionPartial& result) {
   switch (tile.kv.layout.dtype) {
     case DType::kBF16:
-      return AttendPartitionOf<hwy::bfloat16_t>(tile, partition, workspace, result);
+      return AttendPartitionOf<hwy::bfloat16_t, kListed>(tile, partition, workspace, result);
     case DType::kF16:
-      return AttendPartitionOf<hwy::float16_t>(tile, partition, workspace, result);
-    default:  // kF32: Attention() has checked
-      return AttendPartitionOf<float>(tile, partition, workspace, result);
+      return AttendPartitionOf<hwy::float16_t, kListed>(tile, partition, workspace, result);
+    default:  // kF32: the callers have checked
+      return AttendPartitionOf<float, kListed>(tile, partition, workspace, result);
   }
+}
+
+void AttendPartitionTarget(const AttentionTile& tile, int64_t partition,
+                           const TileWorkspace& workspace, const AttentionPartial& result) {
+  if (tile.rows != nullptr) return AttendPartitionFrom<true>(tile, partition, workspace, result);
+  AttendPartitionFrom<false>(tile, partition, workspace, result);
 }
 
 void FoldPartialTarget(const AttentionPartial& total, const AttentionPartial& part, int num_rows,
@@ -671,7 +712,8 @@ void AttendPartition(const AttentionTile& tile, int64_t partition, const TileWor
 
 void PrefetchBlocks(const KvLayerView& kv, int kv_head, int num_kv_heads, const int32_t* blocks,
                     int64_t num_blocks) {
-  BlockPrefetcher prefetcher(kv, kv_head, num_kv_heads, blocks, num_blocks);
+  PiecePrefetcher prefetcher =
+      PiecePrefetcher::OfBlocks(kv, kv_head, num_kv_heads, blocks, num_blocks);
   prefetcher.Advance(prefetcher.NumLines());
 }
 

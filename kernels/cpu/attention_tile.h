@@ -7,6 +7,7 @@
 // folded in ascending order. Masked positions contribute exactly zero.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/paged_kv.h"
@@ -40,7 +41,10 @@ struct AttentionTile {
   // [heads_per_kv][logits_stride].
   const float* logits = nullptr;
   int64_t logits_stride = 0;
-  bool in_cache = false;  // keys and values have just been written: nothing is prefetched
+  // Of tiles with one token and KV head: the addresses of the keys, by position, up to the end of
+  // the last one's block of 16; values lie `values_offset` bytes further. Null: in the blocks.
+  const std::byte* const* rows = nullptr;
+  int64_t values_offset = 0;
 
   int rows_per_kv_head() const { return num_tokens * heads_per_kv; }
   int num_rows() const { return num_kv_heads * rows_per_kv_head(); }

@@ -1,14 +1,13 @@
 // Sparse decode attention: a task per (row, KV head) that runs all stages on one thread; threads
 // that have no task help with the stages that look at every candidate. The stages themselves are in
 // kernels/selectors/, estimate.cc and prune.cc; what is kept is attended by the arithmetic of dense
-// attention (attention_tile.h) over a gathered copy.
+// attention (attention_tile.h), where it lies in the cache.
 #include "kernels/sparse_attention.h"
 
 #include <algorithm>
-#include <array>
+#include <cfloat>
 #include <chrono>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "kernels/cpu/attention_tile.h"
@@ -22,33 +21,24 @@
 namespace gloam::cpu {
 namespace {
 
-constexpr int kPartitionBlocks = static_cast<int>(kPartitionTokens) / kBlockTokens;
-constexpr int kPartitionGroups = static_cast<int>(kPartitionTokens) / kGroupTokens;
-
-// The block table of gathered tokens: they lie one after another.
-constexpr std::array<int32_t, kPartitionBlocks> kGatheredTable = [] {
-  std::array<int32_t, kPartitionBlocks> table = {};
-  for (int i = 0; i < kPartitionBlocks; ++i) table[i] = i;
-  return table;
-}();
-
-// A piece of the estimates takes about 10 us.
-constexpr int64_t kEstimatedBlocksPerPiece = 48;
+// A piece of the estimates takes about 5 us.
+constexpr int64_t kEstimatedBlocksPerPiece = 32;
 
 // Sizes of one step's largest task.
 struct TaskShape {
   int num_heads = 0;  // query heads of a KV head's group
   int head_dim = 0;
   int64_t num_blocks = 0;  // full blocks
-  int64_t element_bytes = 0;
 
   int64_t num_tokens() const { return num_blocks * kBlockTokens; }
+  // Groups that the tokens and those of an open block may fill.
+  int64_t num_groups() const { return num_blocks / kGroupBlocks + 1; }
 };
 
 // What one thread works in.
 struct TaskMemory {
   TileWorkspace workspace;
-  AttentionPartial part, total;
+  AttentionPartial part, total, tail;
   int32_t* block_table = nullptr;    // [blocks + 1] blocks with a candidate, and the open one
   TokenMask* masks = nullptr;        // [heads][blocks] candidates
   TokenMask* kept = nullptr;         // [heads][blocks]
@@ -59,10 +49,11 @@ struct TaskMemory {
   TokenMask* open_masks = nullptr;   // [heads]
   float* open_logits = nullptr;      // [heads][16]
   float* masses = nullptr;           // [heads][blocks]
+  int32_t* tail_blocks = nullptr;    // [blocks]
   int32_t* tokens = nullptr;         // [tokens + 16] to attend to
-  char* gathered = nullptr;          // [blocks of a partition][K|V][16][head_dim]
-  uint32_t* row_masks = nullptr;     // [heads][groups of a partition]
-  float* gathered_logits = nullptr;  // [heads][tokens of a partition]
+  const std::byte** rows = nullptr;  // [tokens + 16] their keys
+  uint32_t* row_masks = nullptr;     // [heads][groups]
+  float* row_logits = nullptr;       // [heads][tokens of the groups]
 
   TaskMemory(Carver& carver, const TaskShape& shape) {
     const int64_t heads = shape.num_heads;
@@ -72,7 +63,7 @@ struct TaskMemory {
     workspace.values = carver.Take<float>(dim * kGroupTokens);
     workspace.probs = carver.Take<float>(heads * kGroupTokens);
     workspace.lane_sums = carver.Take<float>(heads * kBlockTokens);
-    for (AttentionPartial* partial : {&part, &total}) {
+    for (AttentionPartial* partial : {&part, &total, &tail}) {
       partial->acc = carver.Take<float>(heads * dim);
       partial->sum = carver.Take<float>(heads);
       partial->max = carver.Take<float>(heads);
@@ -87,10 +78,11 @@ struct TaskMemory {
     open_masks = carver.Take<TokenMask>(heads);
     open_logits = carver.Take<float>(heads * kBlockTokens);
     masses = carver.Take<float>(heads * shape.num_blocks);
+    tail_blocks = carver.Take<int32_t>(shape.num_blocks);
     tokens = carver.Take<int32_t>(shape.num_tokens() + kBlockTokens);
-    gathered = carver.Take<char>(2 * kPartitionTokens * dim * shape.element_bytes);
-    row_masks = carver.Take<uint32_t>(heads * kPartitionGroups);
-    gathered_logits = carver.Take<float>(heads * kPartitionTokens);
+    rows = carver.Take<const std::byte*>(shape.num_tokens() + kBlockTokens);
+    row_masks = carver.Take<uint32_t>(heads * shape.num_groups());
+    row_logits = carver.Take<float>(heads * shape.num_groups() * kGroupTokens);
   }
 };
 
@@ -118,11 +110,6 @@ void AddTokens(const TokenMask* more, int64_t num_blocks, TokenMask* masks) {
   for (int64_t i = 0; i < num_blocks; ++i) masks[i] |= more[i];
 }
 
-// `bytes` is a multiple of 32, as rows are; a call of memcpy for so few costs more than the copy.
-inline void CopyRow(const char* from, int64_t bytes, char* to) {
-  for (int64_t i = 0; i < bytes; i += 32) std::memcpy(to + i, from + i, 32);
-}
-
 // All stages for one row and KV head.
 class HeadTask {
  public:
@@ -146,22 +133,20 @@ class HeadTask {
   void UniteHeads(const TokenMask* masks);
   // Every head's masks := memory_.loaded.
   void GiveToHeads(TokenMask* masks) const;
+  // Lists the loaded tokens, ascending, and those of the open block.
+  void ListTokens();
   void Attend();
-  // Attends to the first `count` tokens of memory_.gathered.
-  void AttendGathered(int count);
+  void SumTail();
   void AddTail();
   void WriteOutput();
   SparseHeadStats Stats();
   float TrueMass();
 
-  // Copies a token's key and value to `slot` of the partition being gathered.
-  void Gather(int64_t token, int slot);
-  // Notes which heads see the token at `slot`, and its estimated logits.
-  void GatherMasks(int64_t token, int slot);
-  void Prefetch(int64_t token) const;
+  // Notes which heads see token number i of the list, and its estimated logits.
+  void NoteMasks(int64_t i);
   int64_t BlockId(int64_t block) const { return keys_.block_table[block]; }
-  const char* KeyRow(int64_t token) const {
-    return static_cast<const char*>(params_.kv.data) +
+  const std::byte* KeyRow(int64_t token) const {
+    return static_cast<const std::byte*>(params_.kv.data) +
            BlockId(token / kBlockTokens) * params_.kv.layout.block_bytes() + kv_head_ * run_bytes_ +
            token % kBlockTokens * row_bytes_;
   }
@@ -198,6 +183,7 @@ class HeadTask {
   std::vector<PruneResult>& results_;
   int64_t num_candidates_ = 0;  // over the heads
   int64_t num_kept_ = 0;        // over the heads, before sharing
+  int64_t num_tokens_ = 0;      // to attend to
 };
 
 std::vector<PruneResult>& ThreadResults(int num_heads) {
@@ -254,11 +240,21 @@ SparseHeadStats HeadTask::Run(SelectionMemory& selections, size_t slot) {
   clock.Lap(&SparseStageTimes::estimate);
   Prune();
   Unite();
+  ListTokens();
   clock.Lap(&SparseStageTimes::prune);
-  Attend();
-  clock.Lap(&SparseStageTimes::attend);
-  if (policy_.tail == TailType::kBlockMean) AddTail();
-  clock.Lap(&SparseStageTimes::tail);
+  // The two read different things, and need nothing of each other.
+  const bool has_tail = policy_.tail == TailType::kBlockMean;
+  loop_.For(has_tail ? 2 : 1, [&](int64_t part, int /*thread*/) {
+    StageClock part_clock(params_.times);
+    if (part == 0) {
+      Attend();
+      part_clock.Lap(&SparseStageTimes::attend);
+    } else {
+      SumTail();
+      part_clock.Lap(&SparseStageTimes::tail);
+    }
+  });
+  if (has_tail) AddTail();
   WriteOutput();
   return Stats();
 }
@@ -423,110 +419,97 @@ void HeadTask::GiveToHeads(TokenMask* masks) const {
   }
 }
 
-void HeadTask::Prefetch(int64_t token) const {
-  const char* keys = KeyRow(token);
-  const char* values = keys + params_.kv.layout.num_kv_heads * run_bytes_;
-  PrefetchRange(keys, row_bytes_);
-  PrefetchRange(values, row_bytes_);
-}
-
-void HeadTask::Gather(int64_t token, int slot) {
-  const int64_t block = slot / kBlockTokens;
-  const int64_t offset = slot % kBlockTokens * row_bytes_;
-  char* keys = memory_.gathered + block * 2 * run_bytes_ + offset;
-  const char* from = KeyRow(token);
-  CopyRow(from, row_bytes_, keys);
-  CopyRow(from + params_.kv.layout.num_kv_heads * run_bytes_, row_bytes_, keys + run_bytes_);
-}
-
-void HeadTask::GatherMasks(int64_t token, int slot) {
+void HeadTask::NoteMasks(int64_t i) {
+  const int64_t token = memory_.tokens[i];
   const int64_t judged = token / kBlockTokens;
+  const int64_t num_groups = (num_tokens_ + kGroupTokens - 1) / kGroupTokens;
   for (int head = 0; head < num_heads_; ++head) {
     const bool open = judged == num_blocks_;
     const bool sees =
         open || (MasksOf(memory_.kept, head)[judged] >> (token % kBlockTokens) & 1) != 0;
-    uint32_t& mask = memory_.row_masks[head * kPartitionGroups + slot / kGroupTokens];
-    mask |= uint32_t{sees} << (slot % kGroupTokens);
+    uint32_t& mask = memory_.row_masks[head * num_groups + i / kGroupTokens];
+    mask |= uint32_t{sees} << (i % kGroupTokens);
     if (policy_.use_estimated_weights_in_attn) {
-      memory_.gathered_logits[head * kPartitionTokens + slot] =
+      memory_.row_logits[head * num_groups * kGroupTokens + i] =
           open ? memory_.open_logits[head * kBlockTokens + token % kBlockTokens]
                : RowOf(memory_.logits, head)[token];
     }
   }
 }
 
-void HeadTask::Attend() {
-  // The list of tokens, ascending.
-  int64_t num_tokens = 0;
+void HeadTask::ListTokens() {
   for (int64_t block = 0; block < num_blocks_; ++block) {
     for (uint32_t left = memory_.loaded[block]; left != 0; left &= left - 1) {
-      memory_.tokens[num_tokens++] =
+      memory_.tokens[num_tokens_++] =
           static_cast<int32_t>(block * kBlockTokens + std::countr_zero(left));
     }
   }
   for (int i = 0; i < num_open_; ++i) {
-    memory_.tokens[num_tokens++] = static_cast<int32_t>(num_blocks_ * kBlockTokens + i);
-  }
-
-  constexpr int64_t kAhead = 8;
-  for (int64_t i = 0; i < std::min(kAhead, num_tokens); ++i) Prefetch(memory_.tokens[i]);
-  ClearPartial(memory_.total, num_heads_, head_dim_);
-  for (int64_t first = 0; first < num_tokens; first += kPartitionTokens) {
-    const auto count = static_cast<int>(std::min<int64_t>(kPartitionTokens, num_tokens - first));
-    const bool masks = UsesRowMasks() || policy_.use_estimated_weights_in_attn;
-    if (masks) std::fill_n(memory_.row_masks, num_heads_ * kPartitionGroups, 0u);
-    for (int slot = 0; slot < count; ++slot) {
-      const int64_t ahead = first + slot + kAhead;
-      if (ahead < num_tokens) Prefetch(memory_.tokens[ahead]);
-      Gather(memory_.tokens[first + slot], slot);
-      if (masks) GatherMasks(memory_.tokens[first + slot], slot);
-    }
-    AttendGathered(count);
+    memory_.tokens[num_tokens_++] = static_cast<int32_t>(num_blocks_ * kBlockTokens + i);
   }
 }
 
-void HeadTask::AttendGathered(int count) {
+void HeadTask::Attend() {
+  const int64_t values_offset = params_.kv.layout.num_kv_heads * run_bytes_;
+  for (int64_t i = 0; i < num_tokens_; ++i) {
+    const std::byte* row = memory_.rows[i] = KeyRow(memory_.tokens[i]);
+    if (i >= kGroupTokens) continue;
+    // Each group is fetched while the one before it is computed; the first one here.
+    PrefetchRange(row, row_bytes_);
+    PrefetchRange(row + values_offset, row_bytes_);
+  }
+  const int64_t padded = (num_tokens_ + kBlockTokens - 1) / kBlockTokens * kBlockTokens;
+  std::fill(memory_.rows + num_tokens_, memory_.rows + padded, memory_.rows[num_tokens_ - 1]);
+
   AttentionTile tile;
-  tile.kv.data = memory_.gathered;
-  tile.kv.layout = params_.kv.layout;
-  tile.kv.layout.num_kv_heads = 1;
-  tile.kv.num_blocks = kPartitionBlocks;
-  tile.block_table = kGatheredTable.data();
+  tile.kv = params_.kv;
   tile.num_tokens = 1;
   tile.heads_per_kv = num_heads_;
-  tile.first_position = count - 1;
+  tile.first_position = num_tokens_ - 1;
   tile.window = std::numeric_limits<int32_t>::max();
-  tile.in_cache = true;
+  tile.rows = memory_.rows;
+  tile.values_offset = values_offset;
+  const int64_t num_groups = (num_tokens_ + kGroupTokens - 1) / kGroupTokens;
+  if (UsesRowMasks() || policy_.use_estimated_weights_in_attn) {
+    std::fill_n(memory_.row_masks, num_heads_ * num_groups, 0u);
+    for (int64_t i = 0; i < num_tokens_; ++i) NoteMasks(i);
+  }
   if (UsesRowMasks()) {
     tile.row_masks = memory_.row_masks;
-    tile.row_mask_stride = kPartitionGroups;
+    tile.row_mask_stride = num_groups;
   }
   if (policy_.use_estimated_weights_in_attn) {
-    tile.logits = memory_.gathered_logits;
-    tile.logits_stride = kPartitionTokens;
+    tile.logits = memory_.row_logits;
+    tile.logits_stride = num_groups * kGroupTokens;
   }
-  AttendPartition(tile, 0, memory_.workspace, memory_.part);
-  FoldPartial(memory_.total, memory_.part, num_heads_, head_dim_);
+  ClearPartial(memory_.total, num_heads_, head_dim_);
+  for (int64_t first = 0; first < num_tokens_; first += kPartitionTokens) {
+    AttendPartition(tile, first / kPartitionTokens, memory_.workspace, memory_.part);
+    FoldPartial(memory_.total, memory_.part, num_heads_, head_dim_);
+  }
 }
 
-void HeadTask::AddTail() {
-  ClearPartial(memory_.part, num_heads_, head_dim_);
-  AddTailMeans({.keys = keys_,
-                .tail_block = policy_.tail_block,
-                .num_heads = num_heads_,
-                .head_dim = head_dim_,
-                .weights = memory_.weights,
-                .candidates = memory_.masks,
-                .kept = memory_.kept,
-                .masses = memory_.masses,
-                .listed = memory_.tokens},
-               memory_.part);
+void HeadTask::SumTail() {
+  const TailParams tail = {.keys = keys_,
+                           .tail_block = policy_.tail_block,
+                           .num_heads = num_heads_,
+                           .head_dim = head_dim_,
+                           .weights = memory_.weights,
+                           .candidates = memory_.masks,
+                           .kept = memory_.kept,
+                           .masses = memory_.masses,
+                           .listed = memory_.tail_blocks};
+  const AttentionPartial& sum = memory_.tail;
+  const int64_t num_blocks = FindTail(tail, sum.sum);
+  std::fill_n(sum.acc, int64_t{num_heads_} * head_dim_, 0.0f);
+  AddTailMeans(tail, num_blocks, sum.acc);
   for (int head = 0; head < num_heads_; ++head) {
     // Without a tail the fold must not touch the head's result.
-    if (memory_.part.sum[head] > 0) memory_.part.max[head] = results_[head].max_logit;
+    sum.max[head] = sum.sum[head] > 0 ? results_[head].max_logit : -FLT_MAX;
   }
-  FoldPartial(memory_.total, memory_.part, num_heads_, head_dim_);
 }
+
+void HeadTask::AddTail() { FoldPartial(memory_.total, memory_.tail, num_heads_, head_dim_); }
 
 void HeadTask::WriteOutput() {
   const TensorView& out = params_.out;
@@ -624,7 +607,6 @@ void SparseAttention(const SparseAttentionParams& params, ThreadPool& pool, Scra
   TaskShape shape;
   shape.num_heads = static_cast<int>(params.q.shape[1]) / num_kv_heads;
   shape.head_dim = params.kv.layout.head_dim;
-  shape.element_bytes = static_cast<int64_t>(DTypeBytes(params.kv.layout.dtype));
   for (const SparseRow& row : params.rows) {
     shape.num_blocks = std::max(shape.num_blocks, FullBlocksOf(ContextOf(params, row)));
   }

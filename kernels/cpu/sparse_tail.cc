@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/cpu/prefetch.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/sparse_tail.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
@@ -18,6 +20,9 @@ using DF = hn::CappedTag<float, kBlockTokens>;
 using VF = hn::Vec<DF>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 constexpr int kVectors = HWY_TARGET <= HWY_AVX3 ? 4 : 2;
+
+// Blocks ahead whose means are fetched: they are anywhere in the cache.
+constexpr int64_t kPrefetchBlocks = 16;
 
 // Mass of a block's tokens that are not kept.
 inline float LeftMass(const float* weights, TokenMask kept) {
@@ -58,12 +63,18 @@ void AddMeansTile(const TailParams& params, int64_t num_listed, int head, int ch
       sums[h][v] = hn::LoadU(d, acc + (head + h) * params.head_dim + channel + v * kLanes);
     }
   }
+  const auto means_of = [&](int64_t i) {
+    return reinterpret_cast<const T*>(params.keys.sidecars.At(
+        SidecarKind::kMeanValues, params.keys.block_table[params.listed[i]], params.keys.kv_head));
+  };
+  // The first pass over the blocks brings all their channels.
+  const int64_t num_fetched = head == 0 && channel == 0 ? num_listed : 0;
   for (int64_t i = 0; i < num_listed; ++i) {
+    if (i + kPrefetchBlocks < num_fetched) {
+      PrefetchRange(means_of(i + kPrefetchBlocks), params.head_dim * int64_t{sizeof(T)});
+    }
     const int64_t block = params.listed[i];
-    const auto* means =
-        reinterpret_cast<const T*>(params.keys.sidecars.At(
-            SidecarKind::kMeanValues, params.keys.block_table[block], params.keys.kv_head)) +
-        channel;
+    const T* means = means_of(i) + channel;
     VF mean[kNumVectors];
     HWY_UNROLL(8)
     for (int v = 0; v < kNumVectors; ++v) mean[v] = LoadMeans(means + v * kLanes);
@@ -108,7 +119,7 @@ void AddMeans(const TailParams& params, int64_t num_listed, float* acc) {
   }
 }
 
-void AddTailMeansTarget(const TailParams& params, const AttentionPartial& partial) {
+int64_t FindTailTarget(const TailParams& params, float* sums) {
   const int64_t num_blocks = params.keys.num_blocks;
   const int64_t blocks_per_mean = params.tail_block / kBlockTokens;
   for (int head = 0; head < params.num_heads; ++head) {
@@ -116,6 +127,7 @@ void AddTailMeansTarget(const TailParams& params, const AttentionPartial& partia
     const TokenMask* candidates = params.candidates + head * num_blocks;
     const TokenMask* kept = params.kept + head * num_blocks;
     float* masses = params.masses + head * num_blocks;
+    sums[head] = 0;
     for (int64_t first = 0; first < num_blocks; first += blocks_per_mean) {
       const int64_t end = std::min(num_blocks, first + blocks_per_mean);
       float mass = 0;
@@ -124,7 +136,7 @@ void AddTailMeansTarget(const TailParams& params, const AttentionPartial& partia
         mass += LeftMass(weights + block * kBlockTokens, kept[block]);
       }
       std::fill(masses + first, masses + end, mass / static_cast<float>(end - first));
-      partial.sum[head] += mass;
+      sums[head] += mass;
     }
   }
   int64_t num_listed = 0;  // blocks to which some head gives mass
@@ -136,13 +148,17 @@ void AddTailMeansTarget(const TailParams& params, const AttentionPartial& partia
     params.listed[num_listed] = static_cast<int32_t>(block);
     num_listed += has_mass;
   }
+  return num_listed;
+}
+
+void AddTailMeansTarget(const TailParams& params, int64_t num_listed, float* acc) {
   switch (params.keys.kv.layout.dtype) {
     case DType::kBF16:
-      return AddMeans<hwy::bfloat16_t>(params, num_listed, partial.acc);
+      return AddMeans<hwy::bfloat16_t>(params, num_listed, acc);
     case DType::kF16:
-      return AddMeans<hwy::float16_t>(params, num_listed, partial.acc);
+      return AddMeans<hwy::float16_t>(params, num_listed, acc);
     default:  // kF32: SparseAttention() has checked
-      return AddMeans<float>(params, num_listed, partial.acc);
+      return AddMeans<float>(params, num_listed, acc);
   }
 }
 
@@ -153,10 +169,15 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace gloam::cpu {
 
+HWY_EXPORT(FindTailTarget);
 HWY_EXPORT(AddTailMeansTarget);
 
-void AddTailMeans(const TailParams& params, const AttentionPartial& partial) {
-  HWY_DYNAMIC_DISPATCH(AddTailMeansTarget)(params, partial);
+int64_t FindTail(const TailParams& params, float* sums) {
+  return HWY_DYNAMIC_DISPATCH(FindTailTarget)(params, sums);
+}
+
+void AddTailMeans(const TailParams& params, int64_t num_listed, float* acc) {
+  HWY_DYNAMIC_DISPATCH(AddTailMeansTarget)(params, num_listed, acc);
 }
 
 }  // namespace gloam::cpu

@@ -15,13 +15,17 @@ struct TailParams {
   const float* weights = nullptr;         // [num_heads][16 * num_blocks]; 0 where no candidate
   const TokenMask* candidates = nullptr;  // [num_heads][num_blocks]
   const TokenMask* kept = nullptr;        // [num_heads][num_blocks]
-  // Scratch.
-  float* masses = nullptr;    // [num_heads][num_blocks]
-  int32_t* listed = nullptr;  // [num_blocks]
+  float* masses = nullptr;                // [num_heads][num_blocks]
+  int32_t* listed = nullptr;              // [num_blocks]
 };
 
-// Adds to partial.acc and partial.sum, blocks in ascending order. The weights are relative to
-// the logit that partial.max is to be set to. Any thread.
-void AddTailMeans(const TailParams& params, const AttentionPartial& partial);
+// Writes what each head leaves of a block's mass to `masses`, relative to the logit that the
+// weights are relative to, its sum to sums[head], and the blocks in which some head leaves any to
+// `listed`, ascending; returns their number. Any thread.
+int64_t FindTail(const TailParams& params, float* sums);
+
+// Adds the mean values of the listed blocks, times their masses, to acc, [num_heads][head_dim]. Any
+// thread.
+void AddTailMeans(const TailParams& params, int64_t num_listed, float* acc);
 
 }  // namespace gloam::cpu

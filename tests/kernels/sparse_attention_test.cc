@@ -208,7 +208,8 @@ bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
 
 const Shape kShapes[] = {{2, 3, 64, DType::kBF16}, {1, 1, 128, DType::kF16},
                          {2, 7, 64, DType::kF16},  {1, 6, 128, DType::kBF16},
-                         {3, 4, 80, DType::kF32},  {1, 8, 64, DType::kBF16}};
+                         {3, 4, 80, DType::kF32},  {1, 8, 64, DType::kBF16},
+                         {1, 12, 64, DType::kBF16}};
 
 TEST_CASE("With everything kept, sparse attention is dense attention, bit for bit") {
   for (const Shape& shape : kShapes) {
