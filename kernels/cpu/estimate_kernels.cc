@@ -276,9 +276,91 @@ struct WeightSums {
   alignas(64) float mids[kTileHeads][kBlockTokens];  // query * mid, sums by channel modulo 16
 };
 
+// Weights at a time whose bytes are packed in registers.
+constexpr int kPackedWeights = 64;
+
 inline void StoreWeights(VI weights, int8_t* out) {
   const hn::Rebind<int8_t, DF> d8;
   hn::Store(hn::DemoteTo(d8, weights), d8, out);
+}
+
+// Stores floats that the bias has rounded as int8: their low bytes.
+inline void StoreBiased(const VF (&biased)[kPackedWeights / kLanes], int8_t* out) {
+#if HWY_TARGET == HWY_AVX3
+  const auto low = [&](int i) HWY_ATTR {
+    return hn::And(hn::BitCast(di, biased[i]), hn::Set(di, 0xff)).raw;
+  };
+  // Per 128-bit block a quarter of each vector.
+  const __m512i quarters =
+      _mm512_packus_epi16(_mm512_packus_epi32(low(0), low(1)), _mm512_packus_epi32(low(2), low(3)));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_store_si512(out, _mm512_permutexvar_epi32(order, quarters));
+#elif HWY_TARGET == HWY_AVX2
+  const auto low = [&](int i) HWY_ATTR {
+    return hn::And(hn::BitCast(di, biased[i]), hn::Set(di, 0xff)).raw;
+  };
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  HWY_UNROLL(2)
+  for (int i = 0; i < 8; i += 4) {
+    // Per 128-bit block a half of each vector.
+    const __m256i halves = _mm256_packus_epi16(_mm256_packus_epi32(low(i), low(i + 1)),
+                                               _mm256_packus_epi32(low(i + 2), low(i + 3)));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + i * kLanes),
+                       _mm256_permutevar8x32_epi32(halves, order));
+  }
+#else
+  const VI bias = hn::BitCast(di, hn::Set(df, kRoundingBias));
+  for (int i = 0; i < kPackedWeights / kLanes; ++i) {
+    StoreWeights(hn::Sub(hn::BitCast(di, biased[i]), bias), out + i * kLanes);
+  }
+#endif
+}
+
+// One head's weights queries[c] * steps[c] as integers. `sums`: of the integers by channel modulo
+// 16.
+template <int kPlanes>
+HWY_INLINE void RoundHead(const float* queries, int channels, const float* steps, float inverse,
+                          int8_t (&planes)[2][kMaxSidecarHeadDim], VF (&sums)[kStrips]) {
+  const VF bias = hn::Set(df, kRoundingBias);
+  const VI bias_bits = hn::BitCast(di, bias);
+  const VF factor = hn::Set(df, inverse);
+  const auto round = [&](int c) HWY_ATTR {
+    return hn::Add(hn::Mul(hn::Mul(hn::LoadU(df, queries + c), hn::Load(df, steps + c)), factor),
+                   bias);
+  };
+  VI integers[kStrips];
+  HWY_UNROLL(4)
+  for (int s = 0; s < kStrips; ++s) integers[s] = hn::Zero(di);
+  int c = 0;
+  if constexpr (kPlanes == 1) {
+    for (; c + kPackedWeights <= channels; c += kPackedWeights) {
+      VF biased[kPackedWeights / kLanes];
+      HWY_UNROLL(16)
+      for (int i = 0; i < kPackedWeights / kLanes; ++i) {
+        biased[i] = round(c + i * kLanes);
+        VI& sum = integers[i % kStrips];
+        sum = hn::Add(sum, hn::Sub(hn::BitCast(di, biased[i]), bias_bits));
+      }
+      StoreBiased(biased, planes[0] + c);
+    }
+  }
+  for (; c < channels; c += kBlockTokens) {
+    HWY_UNROLL(4)
+    for (int s = 0; s < kStrips; ++s) {
+      const int at = c + s * kLanes;
+      const VI integer = hn::Sub(hn::BitCast(di, round(at)), bias_bits);
+      integers[s] = hn::Add(integers[s], integer);
+      if constexpr (kPlanes == 1) {
+        StoreWeights(integer, planes[0] + at);
+      } else {
+        const VI high = hn::ShiftRight<7>(hn::Add(integer, hn::Set(di, 64)));
+        StoreWeights(high, planes[0] + at);
+        StoreWeights(hn::Sub(integer, hn::ShiftLeft<7>(high)), planes[1] + at);
+      }
+    }
+  }
+  HWY_UNROLL(4)
+  for (int s = 0; s < kStrips; ++s) sums[s] = hn::ConvertTo(df, integers[s]);
 }
 
 // First pass: weights are queries[h][c] * steps[c]. No fused multiply-adds here and below: not
@@ -325,39 +407,17 @@ template <int kHeads, int kPlanes>
 HWY_INLINE void RoundWeights(const float* queries, int channels, const float* steps,
                              const WeightSums& sums, float centre, IntegerWeights& out) {
   alignas(16) float inverses[kTileHeads];
-  HWY_UNROLL(4)
-  for (int h = 0; h < kTileHeads; ++h) {
-    const float most = std::max(sums.largest[h], kSmallestWeight);
-    out.scales[h] = most * (1.0f / kLargestInteger<kPlanes>);
-    inverses[h] = kLargestInteger<kPlanes> / most;
+  const hn::CappedTag<float, kTileHeads> d4;
+  for (int h = 0; h < kTileHeads; h += static_cast<int>(hn::MaxLanes(d4))) {
+    const auto most = hn::Max(hn::Load(d4, sums.largest + h), hn::Set(d4, kSmallestWeight));
+    hn::Store(hn::Mul(most, hn::Set(d4, 1.0f / kLargestInteger<kPlanes>)), d4, out.scales + h);
+    hn::Store(hn::Div(hn::Set(d4, kLargestInteger<kPlanes>), most), d4, inverses + h);
   }
-  const VF bias = hn::Set(df, kRoundingBias);
   VF integers[kHeads][kStrips];
   HWY_UNROLL(4)
   for (int h = 0; h < kHeads; ++h) {
-    HWY_UNROLL(4)
-    for (int s = 0; s < kStrips; ++s) integers[h][s] = hn::Zero(df);
-  }
-  for (int c = 0; c < channels; c += kBlockTokens) {
-    HWY_UNROLL(4)
-    for (int s = 0; s < kStrips; ++s) {
-      const int at = c + s * kLanes;
-      const VF step = hn::Load(df, steps + at);
-      HWY_UNROLL(4)
-      for (int h = 0; h < kHeads; ++h) {
-        const VF weight = hn::Mul(hn::LoadU(df, queries + h * channels + at), step);
-        const VF biased = hn::Add(hn::Mul(weight, hn::Set(df, inverses[h])), bias);
-        integers[h][s] = hn::Add(integers[h][s], hn::Sub(biased, bias));
-        const VI integer = hn::Sub(hn::BitCast(di, biased), hn::BitCast(di, bias));
-        if constexpr (kPlanes == 1) {
-          StoreWeights(integer, out.planes[h][0] + at);
-        } else {
-          const VI high = hn::ShiftRight<7>(hn::Add(integer, hn::Set(di, 64)));
-          StoreWeights(high, out.planes[h][0] + at);
-          StoreWeights(hn::Sub(integer, hn::ShiftLeft<7>(high)), out.planes[h][1] + at);
-        }
-      }
-    }
+    RoundHead<kPlanes>(queries + h * channels, channels, steps, inverses[h], out.planes[h],
+                       integers[h]);
   }
   VF constants[4][kStrips];
   HWY_UNROLL(4)
@@ -524,11 +584,13 @@ struct BlockBatch {
   IntegerWeights weights[kBatchBlocks];
 };
 
-template <typename DotT, int kBits, typename T>
+// kChannels: of all calls; 0: any number.
+template <typename DotT, int kBits, typename T, int kChannels>
 void EstimateBlockQuant(const EstimateCall& call, const Mirror& mirror) {
   constexpr int kPlanes = kBits == 8 ? 2 : 1;
   const KeyBlocks& keys = *call.keys;
-  const int channels = call.channels;
+  const int channels = kChannels == 0 ? call.channels : kChannels;
+  const int num_rows = kChannels == 0 ? mirror.num_rows : kChannels / QuantRowChannels(kBits);
   const int64_t stride = keys.num_blocks * kBlockTokens;
   const int64_t range_bytes = 2 * channels * int64_t{sizeof(T)};
   const auto quants_of = [&](int64_t i) {
@@ -536,7 +598,7 @@ void EstimateBlockQuant(const EstimateCall& call, const Mirror& mirror) {
   };
   const auto prefetch = [&](int64_t i) {
     PrefetchRange(keys.Ranges(i), range_bytes);
-    PrefetchRange(quants_of(i), int64_t{mirror.num_rows} * kQuantRowBytes);
+    PrefetchRange(quants_of(i), int64_t{num_rows} * kQuantRowBytes);
   };
   BlockBatch batch;
   ForCandidates(call, prefetch, [&](const int64_t* blocks, int count, const auto& fetch) HWY_ATTR {
@@ -555,8 +617,7 @@ void EstimateBlockQuant(const EstimateCall& call, const Mirror& mirror) {
       }
       for (int b = 0; b < count; ++b) {
         float* logits = call.logits + head * stride + blocks[b] * kBlockTokens;
-        MultiplyRows<DotT, kBits, kPlanes, heads>(quants_of(blocks[b]), mirror.num_rows,
-                                                  batch.weights[b],
+        MultiplyRows<DotT, kBits, kPlanes, heads>(quants_of(blocks[b]), num_rows, batch.weights[b],
                                                   StoreLogits{&batch.weights[b], logits, stride});
       }
     });
@@ -691,16 +752,26 @@ void EstimateExactly(const EstimateCall& call) {
 
 // ---- Dispatch --------------------------------------------------------------------------------
 
+template <typename DotT, int kBits, typename T>
+void EstimateBlocks(const EstimateCall& call, const Mirror& mirror) {
+  // What the default policy and small models use.
+  constexpr bool kCommon = kBits == 4 && sizeof(T) == 2;
+  if constexpr (kCommon) {
+    if (call.channels == 64) return EstimateBlockQuant<DotT, kBits, T, 64>(call, mirror);
+  }
+  EstimateBlockQuant<DotT, kBits, T, 0>(call, mirror);
+}
+
 template <typename DotT, int kBits>
 void EstimateBits(const EstimateCall& call, const Mirror& mirror) {
   if (mirror.kind != SidecarKind::kBlockQuant) return EstimateTokenQuant<DotT, kBits>(call, mirror);
   switch (call.keys->kv.layout.dtype) {
     case DType::kBF16:
-      return EstimateBlockQuant<DotT, kBits, hwy::bfloat16_t>(call, mirror);
+      return EstimateBlocks<DotT, kBits, hwy::bfloat16_t>(call, mirror);
     case DType::kF16:
-      return EstimateBlockQuant<DotT, kBits, hwy::float16_t>(call, mirror);
+      return EstimateBlocks<DotT, kBits, hwy::float16_t>(call, mirror);
     default:  // kF32: the caller has checked
-      return EstimateBlockQuant<DotT, kBits, float>(call, mirror);
+      return EstimateBlocks<DotT, kBits, float>(call, mirror);
   }
 }
 
