@@ -24,8 +24,8 @@ constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 
 // Heads that share one conversion of a range to fp32.
 constexpr int kHeadTile = 4;
-// Blocks that share a load of the queries.
-constexpr int kBlockTile = 2;
+// Blocks that share a load of the queries, and the additions across lanes.
+constexpr int kBlockTile = 4;
 // Blocks are anywhere in the cache: their ranges are asked for this far ahead.
 constexpr int64_t kPrefetchBlocks = 16;
 
@@ -42,47 +42,67 @@ struct RangeQuery {
   alignas(64) float of_max[kMaxSidecarHeadDim];
 };
 
-// Scores of kBlocks blocks for kHeads heads: scores[h * stride + blocks[b]].
-template <int kHeads, int kBlocks, typename T>
+// sums[i] = the sum of the lanes of x[i].
+HWY_INLINE void SumLanes(const VF (&x)[kBlockTile], float* sums) {
+#if HWY_TARGET == HWY_SCALAR
+  for (int i = 0; i < kBlockTile; ++i) sums[i] = hn::GetLane(x[i]);
+#else
+  const DF d;
+  const hn::Repartition<uint64_t, DF> d64;
+  const auto halves = [&](VF a, VF b) HWY_ATTR {  // a0 + a2, b0 + b2, a1 + a3, b1 + b3
+    return hn::BitCast(d64, hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b)));
+  };
+  const auto a = halves(x[0], x[1]);
+  const auto b = halves(x[2], x[3]);
+  const VF quads = hn::Add(hn::BitCast(d, hn::InterleaveLower(d64, a, b)),
+                           hn::BitCast(d, hn::InterleaveUpper(d64, a, b)));
+  // Lane i of each 128-bit block: of x[i].
+  const hn::CappedTag<float, 4> d4;
+  alignas(64) float blocks[kLanes];
+  hn::Store(quads, d, blocks);
+  auto total = hn::Load(d4, blocks);
+  HWY_UNROLL(4)
+  for (int i = 4; i < kLanes; i += 4) total = hn::Add(total, hn::Load(d4, blocks + i));
+  hn::StoreU(total, d4, sums);
+#endif
+}
+
+// Scores of a tile of blocks for kHeads heads: scores[h * stride + blocks[b]].
+template <int kHeads, typename T>
 HWY_INLINE void ScoreTile(const BlockScores& work, const RangeQuery* queries, const int64_t* blocks,
                           float* HWY_RESTRICT scores, int64_t stride) {
   const DF d;
-  const T* ranges[kBlocks];
-  VF sums[kHeads][kBlocks];
-  HWY_UNROLL(2)
-  for (int b = 0; b < kBlocks; ++b) {
+  const T* ranges[kBlockTile];
+  VF sums[kHeads][kBlockTile];
+  HWY_UNROLL(4)
+  for (int b = 0; b < kBlockTile; ++b) {
     ranges[b] = reinterpret_cast<const T*>(work.keys.Ranges(blocks[b]));
     HWY_UNROLL(4)
     for (int h = 0; h < kHeads; ++h) sums[h][b] = hn::Zero(d);
   }
   for (int c = 0; c < work.head_dim; c += kLanes) {
-    VF min[kBlocks], max[kBlocks];
-    HWY_UNROLL(2)
-    for (int b = 0; b < kBlocks; ++b) {
-      min[b] = LoadRange(ranges[b] + c);
-      max[b] = LoadRange(ranges[b] + work.head_dim + c);
-    }
     HWY_UNROLL(4)
-    for (int h = 0; h < kHeads; ++h) {
-      const VF of_min = hn::Load(d, queries[h].of_min + c);
-      const VF of_max = hn::Load(d, queries[h].of_max + c);
-      HWY_UNROLL(2)
-      for (int b = 0; b < kBlocks; ++b) {
-        sums[h][b] = hn::MulAdd(of_max, max[b], hn::MulAdd(of_min, min[b], sums[h][b]));
+    for (int b = 0; b < kBlockTile; ++b) {
+      const VF min = LoadRange(ranges[b] + c);
+      const VF max = LoadRange(ranges[b] + work.head_dim + c);
+      HWY_UNROLL(4)
+      for (int h = 0; h < kHeads; ++h) {
+        sums[h][b] = hn::MulAdd(hn::Load(d, queries[h].of_min + c), min, sums[h][b]);
+        sums[h][b] = hn::MulAdd(hn::Load(d, queries[h].of_max + c), max, sums[h][b]);
       }
     }
   }
   HWY_UNROLL(4)
   for (int h = 0; h < kHeads; ++h) {
-    HWY_UNROLL(2)
-    for (int b = 0; b < kBlocks; ++b) {
-      scores[h * stride + blocks[b]] = hn::GetLane(hn::SumOfLanes(d, sums[h][b]));
-    }
+    alignas(16) float of_head[kBlockTile];
+    SumLanes(sums[h], of_head);
+    HWY_UNROLL(4)
+    for (int b = 0; b < kBlockTile; ++b) scores[h * stride + blocks[b]] = of_head[b];
   }
 }
 
-// Scores of kBlocks blocks for all heads.
-template <int kBlocks, typename T>
+// Scores of a tile of blocks for all heads.
+template <typename T>
 void ScoreAllHeads(const BlockScores& work, const RangeQuery* queries, const int64_t* blocks) {
   const int64_t stride = work.keys.num_blocks * kBlockTokens;
   for (int head = 0; head < work.num_heads; head += kHeadTile) {
@@ -90,16 +110,16 @@ void ScoreAllHeads(const BlockScores& work, const RangeQuery* queries, const int
     float* scores = work.scores + head * stride;
     switch (std::min(kHeadTile, work.num_heads - head)) {
       case 1:
-        ScoreTile<1, kBlocks, T>(work, of_tile, blocks, scores, stride);
+        ScoreTile<1, T>(work, of_tile, blocks, scores, stride);
         break;
       case 2:
-        ScoreTile<2, kBlocks, T>(work, of_tile, blocks, scores, stride);
+        ScoreTile<2, T>(work, of_tile, blocks, scores, stride);
         break;
       case 3:
-        ScoreTile<3, kBlocks, T>(work, of_tile, blocks, scores, stride);
+        ScoreTile<3, T>(work, of_tile, blocks, scores, stride);
         break;
       default:
-        ScoreTile<kHeadTile, kBlocks, T>(work, of_tile, blocks, scores, stride);
+        ScoreTile<kHeadTile, T>(work, of_tile, blocks, scores, stride);
         break;
     }
   }
@@ -128,10 +148,12 @@ void ScoreBlocksOf(const BlockScores& work) {
     if (!HasCandidate(work.masks, work.num_heads, work.keys.num_blocks, block)) continue;
     tile[count++] = block;
     if (count < kBlockTile) continue;
-    ScoreAllHeads<kBlockTile, T>(work, queries, tile);
+    ScoreAllHeads<T>(work, queries, tile);
     count = 0;
   }
-  if (count > 0) ScoreAllHeads<1, T>(work, queries, tile);
+  if (count == 0) return;
+  std::fill(tile + count, tile + kBlockTile, tile[0]);
+  ScoreAllHeads<T>(work, queries, tile);
 }
 
 void ScoreBlocksTarget(const BlockScores& work) {

@@ -224,23 +224,34 @@ void KeepAtLeastTarget(const float* values, float at_least, int64_t num_blocks, 
   }
 }
 
-KeyRange GatherKeysFromTarget(const float* values, int32_t lowest, const TokenMask* masks,
-                              int64_t num_blocks, int32_t* HWY_RESTRICT keys) {
+KeyRange GatherKeysTarget(const float* values, const TokenMask* masks, int64_t num_blocks,
+                          int32_t* HWY_RESTRICT keys) {
   const DI di;
-  const VI limit = hn::Set(di, lowest);
   VI min = hn::Set(di, std::numeric_limits<int32_t>::max());
   VI max = hn::Set(di, std::numeric_limits<int32_t>::min());
   KeyRange range;
   ForEachVector(masks, num_blocks, [&](int64_t at, MI lanes) HWY_ATTR {
     const VI key = LoadKeys(values + at);
-    const MI wanted = hn::AndNot(hn::Lt(key, limit), lanes);
-    min = hn::IfThenElse(wanted, hn::Min(min, key), min);
-    max = hn::IfThenElse(wanted, hn::Max(max, key), max);
-    range.count += StoreCompressed(key, wanted, keys + range.count);
+    min = hn::IfThenElse(lanes, hn::Min(min, key), min);
+    max = hn::IfThenElse(lanes, hn::Max(max, key), max);
+    range.count += StoreCompressed(key, lanes, keys + range.count);
   });
   range.min = hn::GetLane(hn::MinOfLanes(di, min));
   range.max = hn::GetLane(hn::MaxOfLanes(di, max));
   return range;
+}
+
+// Keys of values that are not negative are their bits.
+int64_t GatherWeightsTarget(const float* weights, int32_t lowest, const TokenMask* masks,
+                            int64_t num_blocks, int32_t* HWY_RESTRICT keys) {
+  const DI di;
+  const VI below = hn::Set(di, lowest - 1);
+  int64_t count = 0;
+  ForEachVector(masks, num_blocks, [&](int64_t at, MI lanes) HWY_ATTR {
+    const VI key = hn::BitCast(di, hn::LoadU(DF(), weights + at));
+    count += StoreCompressed(key, hn::And(lanes, hn::Gt(key, below)), keys + count);
+  });
+  return count;
 }
 
 int64_t CountOfTarget(const TokenMask* masks, int64_t num_blocks) {
@@ -401,7 +412,8 @@ HWY_EXPORT(KeepAtLeastTarget);
 HWY_EXPORT(CountOfTarget);
 HWY_EXPORT(GroupBlocksTarget);
 HWY_EXPORT(KeepGroupedBlocksTarget);
-HWY_EXPORT(GatherKeysFromTarget);
+HWY_EXPORT(GatherKeysTarget);
+HWY_EXPORT(GatherWeightsTarget);
 HWY_EXPORT(CutByCountTarget);
 HWY_EXPORT(CutByMassTarget);
 HWY_EXPORT(KeepFromCutTarget);
@@ -455,14 +467,17 @@ void KeepGroupedBlocks(const TokenMask* groups, int64_t num_blocks, TokenMask* m
 
 KeyRange GatherKeys(const float* values, const TokenMask* masks, int64_t num_blocks,
                     KeyBuffers& buffers) {
-  return HWY_DYNAMIC_DISPATCH(GatherKeysFromTarget)(values, std::numeric_limits<int32_t>::min(),
-                                                    masks, num_blocks, buffers.keys.data());
+  return HWY_DYNAMIC_DISPATCH(GatherKeysTarget)(values, masks, num_blocks, buffers.keys.data());
 }
 
-KeyRange GatherKeysFrom(const float* values, float at_least, const TokenMask* masks,
-                        int64_t num_blocks, KeyBuffers& buffers) {
-  return HWY_DYNAMIC_DISPATCH(GatherKeysFromTarget)(values, KeyOfValue(at_least), masks, num_blocks,
-                                                    buffers.keys.data());
+KeyRange GatherWeights(const float* weights, float at_least, const TokenMask* masks,
+                       int64_t num_blocks, KeyBuffers& buffers) {
+  KeyRange range;
+  range.min = KeyOfValue(at_least);
+  range.max = KeyOfValue(1.0f);
+  range.count = HWY_DYNAMIC_DISPATCH(GatherWeightsTarget)(weights, range.min, masks, num_blocks,
+                                                          buffers.keys.data());
+  return range;
 }
 
 Cut CutByCount(KeyBuffers& buffers, const KeyRange& keys, int64_t count) {

@@ -46,15 +46,15 @@ KeyBuffers& ThreadKeyBuffers(int64_t num_tokens);
 
 struct KeyRange {
   int64_t count = 0;
-  int32_t min = 0;
+  int32_t min = 0;  // bounds of the keys
   int32_t max = 0;
 };
 // Writes the keys of the tokens into buffers.keys.
 KeyRange GatherKeys(const float* values, const TokenMask* masks, int64_t num_blocks,
                     KeyBuffers& buffers);
-// The same without values below `at_least`, which is not NaN.
-KeyRange GatherKeysFrom(const float* values, float at_least, const TokenMask* masks,
-                        int64_t num_blocks, KeyBuffers& buffers);
+// The same for weights, which are from 0 to 1, without those below `at_least`, which is above 0.
+KeyRange GatherWeights(const float* weights, float at_least, const TokenMask* masks,
+                       int64_t num_blocks, KeyBuffers& buffers);
 
 struct Cut {
   int32_t key = 0;

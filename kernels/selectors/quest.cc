@@ -32,7 +32,7 @@ constexpr NumberKey kKeys[] = {
 static_assert(std::size(kKeys) == kRangeWeight + 1);
 
 // A piece of the scores takes a few microseconds.
-constexpr int64_t kBlocksPerPiece = 128;
+constexpr int64_t kBlocksPerPiece = 64;
 
 class Quest final : public Selector {
  public:
