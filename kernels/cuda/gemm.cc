@@ -10,6 +10,7 @@
 #include "kernels/cuda/cuda_kernels.h"
 #include "kernels/cuda/gated_gemm.h"
 #include "kernels/cuda/gemm_params.h"
+#include "kernels/cuda/gemm_row_quantized.h"
 #include "kernels/cuda/weight_upload.h"
 #include "kernels/quant_block.h"
 
@@ -264,7 +265,8 @@ class CudaGemm final : public GemmBackend {
       StreamGemmBF16(params, stream_device_);
     } else if (first.format == DeviceFormat::kFP8) {
       StreamGemmFP8(params, stream_device_);
-    } else {
+    } else if (params.m > 1 || stream_device_.same_sums || !stream_device_.has_clusters ||
+               !RowGemmQuantized(first.type, params, stream_device_)) {
       StreamGemmQuantized(first.type, params, stream_device_);
     }
   }

@@ -11,6 +11,21 @@
 
 namespace gloam::cuda {
 
+__device__ __forceinline__ char* SharedPointer(uint32_t address) {
+  return static_cast<char*>(__cvta_shared_to_generic(address));
+}
+
+// The compiler forgets how `value` was made: else it makes it again at every use.
+template <typename T>
+__device__ __forceinline__ T Kept(T value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+  return value;
+}
+
 // 16 bytes; zeros where `valid` is false, and then `source` is not read.
 __device__ __forceinline__ void CopyAsync16(uint32_t to, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(source),

@@ -14,17 +14,6 @@
 namespace gloam::cuda {
 namespace {
 
-// The compiler forgets how `value` was made: else it makes it again at every use.
-template <typename T>
-__device__ __forceinline__ T Kept(T value) {
-  if constexpr (sizeof(T) == 8) {
-    asm volatile("" : "+l"(value));
-  } else {
-    asm volatile("" : "+r"(value));
-  }
-  return value;
-}
-
 template <WeightType kType, int kNumWarps>
 struct QuantizedFormat {
   using P = PackedStage<kType>;
@@ -268,10 +257,6 @@ struct QuantizedShape {
   int num_slots = 0;    // of a warp's ring, each of a unit
 };
 constexpr int kMaxSlots = 12;
-
-__device__ __forceinline__ const char* SharedPointer(uint32_t address) {
-  return static_cast<const char*>(__cvta_shared_to_generic(address));
-}
 
 template <typename Format, int kTiles>
 __global__ void __launch_bounds__(Format::kWarps * 32)
