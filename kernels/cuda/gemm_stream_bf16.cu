@@ -9,7 +9,7 @@ namespace {
 // each run of 32, of rows g and g + 8 of W and of row g of x.
 struct BF16Format {
   static constexpr int kWarps = 8;
-  static constexpr int kMaxUnits = 4;  // of a chunk
+  static constexpr int kMaxUnits = 2;  // of a chunk; leaves a ring six stages
   static constexpr int kColumns = 64;
   static constexpr int kRowBytes = kColumns * 2;
   static constexpr int kUnitBytes = kUnitRows * kRowBytes;
