@@ -172,8 +172,9 @@ Bench::Times Bench::Measure(int batch, int chunk, int num_tokens) const {
   const Buffer contexts = Upload(std::vector<int32_t>(batch, num_tokens));
   const Buffer q = Upload(std::vector<uint16_t>(num_rows * width, 0x3F00));
   const Buffer out = Allocate(sizeof(uint16_t) * num_rows * width);
-  const Buffer partials = Allocate(sizeof(float) * rows_per_launch * num_groups * max_splits *
-                                   DecodePartialFloats(shape_.heads_per_kv, shape_.head_dim));
+  const Buffer partials =
+      Allocate(sizeof(float) * (rows_per_launch * num_groups * max_splits + context_.num_sms) *
+               DecodePartialFloats(shape_.heads_per_kv, shape_.head_dim));
   const Buffer arrivals = Allocate(sizeof(int32_t) * rows_per_launch * num_groups);
   const auto attend = [&](int layer) {
     for (int row = 0; row < num_rows; row += rows_per_launch) {

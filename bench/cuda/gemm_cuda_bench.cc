@@ -37,6 +37,7 @@ constexpr Product kProducts[] = {
     {"qkv", 6144, 4096},   {"o", 4096, 4096},         {"gate_up", 28672, 4096},
     {"down", 4096, 14336}, {"lm_head", 128256, 4096},  // not of the chain
 };
+constexpr size_t kGateUp = 2;  // with its activation
 constexpr size_t kHead = 4;
 
 // Rows of a file's bytes without NaN, repeated to any height.
@@ -164,12 +165,27 @@ class Bench {
     GemmParams params;
     params.x = TensorView::Contiguous(x_.data(), DType::kBF16, Device::kCuda, {m, p.k});
     params.num_outputs = 1;
-    const bool is_gate_up = product == 2;
+    const bool is_gate_up = product == kGateUp;
+    if (is_gate_up) {
+      const TensorView y = TensorView::Contiguous(y_.data(), DType::kBF16, Device::kCuda, {m, p.n});
+      const TensorView gate = y.Columns(0, p.n / 2), up = y.Columns(p.n / 2, p.n / 2);
+      if (backend_->GatedGemm({.x = params.x, .weight = &WeightOf(product, layer), .y = gate})) {
+        return;
+      }
+    }
     params.outputs[0] = {&WeightOf(product, layer), nullptr,
                          TensorView::Contiguous(y_.data(), is_gate_up ? DType::kBF16 : DType::kF32,
                                                 Device::kCuda, {m, p.n}),
                          product % 2 == 1};
     backend_->Gemm(params);
+    if (is_gate_up) Activate(m);
+  }
+
+  void Activate(int64_t m) {
+    const int64_t n = kProducts[kGateUp].n;
+    const TensorView y = TensorView::Contiguous(y_.data(), DType::kBF16, Device::kCuda, {m, n});
+    const TensorView gate = y.Columns(0, n / 2);
+    SiluMul({.gate = gate, .up = y.Columns(n / 2, n / 2), .out = gate}, context_);
   }
 
   // Layers take turns at two places.
@@ -192,9 +208,10 @@ class Bench {
                        .m = m,
                        .n = p.n,
                        .k = p.k,
-                       .y_is_bf16 = product == 2,
+                       .y_is_bf16 = product == kGateUp,
                        .accumulate = product % 2 == 1},
                       workspace_.data(), context_.stream);
+    if (product == kGateUp) Activate(m);
   }
 
   const DeviceContext context_;

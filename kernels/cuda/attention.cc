@@ -54,13 +54,15 @@ Status Backend::Reserve(const StepLimits& limits) {
   heads_per_unit_ = std::min(heads_per_kv, DecodeHeads(context_.compute_capability));
   const int64_t num_groups = DecodeGroups(limits.num_kv_heads, heads_per_kv, heads_per_unit_);
   max_splits_ = DecodeSplits(BlocksOf(limits.max_context), static_cast<int>(num_groups));
-  const int64_t row_bytes = num_groups * max_splits_ * int64_t{sizeof(float)} *
-                            DecodePartialFloats(heads_per_unit_, limits.head_dim);
+  const int64_t partial_bytes =
+      int64_t{sizeof(float)} * DecodePartialFloats(heads_per_unit_, limits.head_dim);
+  const int64_t row_bytes = num_groups * max_splits_ * partial_bytes;
   const int max_rows = context_.options.batch_invariant ? limits.max_tokens : limits.max_seqs;
   rows_per_launch_ = static_cast<int>(std::clamp<int64_t>(
       kMaxPartialBytes / row_bytes, 1, std::min(kMaxDecodeRows, std::max(1, max_rows))));
   partials_ = Buffer();
-  GLOAM_ASSIGN_OR_RETURN(partials_, AllocateDevice(rows_per_launch_ * row_bytes));
+  GLOAM_ASSIGN_OR_RETURN(
+      partials_, AllocateDevice(rows_per_launch_ * row_bytes + context_.num_sms * partial_bytes));
   GLOAM_ASSIGN_OR_RETURN(arrivals_,
                          AllocateDevice(rows_per_launch_ * num_groups * sizeof(int32_t)));
   if (prefill_ == nullptr) return OkStatus();

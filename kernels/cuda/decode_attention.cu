@@ -1,8 +1,9 @@
 // One query token of each row against its context.
 //
 // A unit of work is a row, a group of up to 8 query heads that share a KV head, and a piece of the
-// context. One thread block per SM strides over the units. Each of 8 warps takes every eighth block
-// of 16 tokens of the piece and keeps a softmax of its own. Further warps merge the 8 results,
+// context. One thread block per SM strides over the units, or, in large batches, has a stretch of
+// all contexts' blocks. Each of 8 warps takes every eighth block of 16 tokens of the piece and
+// keeps a softmax of its own. Further warps merge the 8 results,
 // which come through shared memory, and, in the thread block that finishes a row and group last,
 // the pieces' results, which come through global memory; always in ascending order.
 //
@@ -104,26 +105,22 @@ class RunStream {
  public:
   __device__ __forceinline__ RunStream(const DecodeAttentionParams& p, int num_groups,
                                        SharedMemory<kHeadDim>& shared)
-      : p_(p),
-        shared_(shared),
-        num_groups_(num_groups),
-        num_units_(shared.first_unit[p.num_rows] * num_groups),
-        lane_(threadIdx.x % 32) {
-    LookUp(blockIdx.x);
+      : p_(p), shared_(shared), units_(p, num_groups, shared), lane_(threadIdx.x % 32) {
+    LookUp(units_.begin());
     TakeUnit();
   }
 
   // Whether the next run may be asked for before the earlier kernels are done: all was written by
   // earlier steps but the block of the row's own token.
   __device__ __forceinline__ bool IsOld() const {
-    return index_ < num_units_ && p_.rows == DecodeRows::kSingleTokens &&
+    return index_ < units_.end() && p_.rows == DecodeRows::kSingleTokens &&
            unit_.first_block + block_ * kWarps < (unit_.context - 1) / kBlock;
   }
 
   // Asks for the next run, if there is one, to lie at `to`, as one group of copies.
   __device__ __forceinline__ void Copy(uint32_t to) {
     using R = Run<kHeadDim>;
-    if (index_ < num_units_) {
+    if (index_ < units_.end()) {
       const int64_t values_at = int64_t{p_.num_kv_heads} * kBlock * kHeadDim;
       const T* from = static_cast<const T*>(p_.kv) +
                       __shfl_sync(~0u, ids_, block_ % 32) * (2 * values_at) +
@@ -157,17 +154,17 @@ class RunStream {
     unit_ = next_unit_;
     ids_ = next_ids_;
     block_ = 0;
-    if (index_ < num_units_) LookUp(index_ + gridDim.x);
+    if (index_ < units_.end()) LookUp(unit_.next);
   }
 
   // Looks up the first unit from `index` on in which the warp has a block.
   __device__ __forceinline__ void LookUp(int index) {
-    for (; index < num_units_; index += gridDim.x) {
-      next_unit_ = FindUnit(p_, num_groups_, index, shared_);
+    for (; index < units_.end(); index = next_unit_.next) {
+      next_unit_ = units_.Find(index);
       if (next_unit_.num_blocks > 0) break;
     }
     next_index_ = index;
-    if (index < num_units_) next_ids_ = ReadIds(next_unit_, 0);
+    if (index < units_.end()) next_ids_ = ReadIds(next_unit_, 0);
   }
 
   // Block ids of the unit from the warp's `first` on, one in each lane.
@@ -180,8 +177,7 @@ class RunStream {
 
   const DecodeAttentionParams& p_;
   const SharedMemory<kHeadDim>& shared_;
-  const int num_groups_;
-  const int num_units_;
+  const Units<kHeadDim> units_;
   const int lane_;
   int index_ = 0;  // of the unit
   Unit unit_;
@@ -323,7 +319,7 @@ __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
   constexpr int kAhead = R::kPerRing - 1;  // runs that are asked for beyond the one at hand
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;
-  const int num_units = shared.first_unit[p.num_rows] * num_groups;
+  const Units<kHeadDim> units(p, num_groups, shared);
   const float scale_log2 = p.scale * 1.44269504f;
   RunStream<T, kHeadDim> stream(p, num_groups, shared);
   const uint32_t ring = SharedAddress(shared.rings[warp]);
@@ -347,19 +343,21 @@ __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
   Unit unit;
   Query<T, kHeadDim> next_query;
   const auto load_query = [&](int index) {
-    if (index >= num_units) return;
-    unit = FindUnit(p, num_groups, index, shared);
+    if (index >= units.end()) return;
+    unit = units.Find(index);
     next_query.Load(p, unit, shared.rows[unit.row].token);
   };
-  load_query(blockIdx.x);
-  for (int index = blockIdx.x; index < num_units; index += gridDim.x) {
+  load_query(units.begin());
+  for (int index = units.begin(); index < units.end();) {
     const Query<T, kHeadDim> query = next_query;
     const int num_blocks = unit.num_blocks;
     const int num_heads = unit.num_heads;
     // Tokens that the row sees, counted from the first of the block at hand.
     int visible_end = unit.context - unit.first_block * kBlock;
     int visible_begin = p.window > 0 ? visible_end - p.window : 0;
-    load_query(index + gridDim.x);
+    const bool is_first = index == units.begin();
+    index = unit.next;
+    load_query(index);
     Accumulator<T, kHeadDim> acc;
     acc.Clear();
 #pragma unroll 1
@@ -384,7 +382,7 @@ __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
       visible_begin -= kWarps * kBlock;
       visible_end -= kWarps * kBlock;
     }
-    if (index != blockIdx.x) WaitAt<Barrier::kEmpty>();
+    if (!is_first) WaitAt<Barrier::kEmpty>();
     acc.Store(scale_log2, num_heads, shared.results);
     ArriveAt<Barrier::kFull>();
   }

@@ -50,13 +50,14 @@ struct DecodeAttentionParams {
 
   float scale = 0;
   int window = 0;  // tokens that a query sees, itself included; 0: all
-  // Cuts contexts into no more pieces than the batch's work needs to keep the GPU busy.
+  // Where there are more rows and groups than SMs, a group's share the blocks of all contexts
+  // evenly.
   bool balanced = false;
   int max_splits = 0;  // of a row: DecodeSplits of the longest context, or more
 
   // Scratch; only one launch at a time may use it.
-  float* partials =
-      nullptr;  // [num_rows * DecodeGroups() * max_splits][DecodePartialFloats()], device
+  // [num_rows * DecodeGroups() * max_splits + num_sms][DecodePartialFloats()], device
+  float* partials = nullptr;
   int32_t* arrivals = nullptr;  // [num_rows * DecodeGroups()], device; 0 between launches
 };
 

@@ -46,6 +46,7 @@ class Merger {
       : p_(p),
         num_groups_(num_groups),
         shared_(shared),
+        units_(p, num_groups, shared),
         thread_(threadIdx.x - kComputeThreads),
         results_(shared.results),
         stride_(DecodePartialFloats(p.heads_per_unit, kHeadDim)) {}
@@ -69,6 +70,7 @@ class Merger {
   const DecodeAttentionParams& p_;
   const int num_groups_;
   SharedMemory<kHeadDim>& shared_;
+  const Units<kHeadDim> units_;
   const int thread_;
   WarpResults<kHeadDim>& results_;
   const int stride_;  // of partials
@@ -186,13 +188,13 @@ __device__ __forceinline__ void Merger<kHeadDim>::MergeSplits(const Unit& unit,
 
 template <int kHeadDim>
 __device__ void Merger<kHeadDim>::Run() {
-  const int num_units = shared_.first_unit[p_.num_rows] * num_groups_;
   ClearEmptyRows();
-  for (int index = blockIdx.x; index < num_units; index += gridDim.x) {
-    const Unit unit = FindUnit(p_, num_groups_, index, shared_);
+  for (int at = units_.begin(); at < units_.end();) {
+    const Unit unit = units_.Find(at);
+    at = unit.next;
     WaitAt<Barrier::kFull>();
-    MergeWarps(unit, p_.partials + int64_t{index} * stride_);
-    if (index + gridDim.x < num_units) ArriveAt<Barrier::kEmpty>();
+    MergeWarps(unit, p_.partials + int64_t{unit.partial} * stride_);
+    if (at < units_.end()) ArriveAt<Barrier::kEmpty>();
     if (unit.num_splits == 1) continue;
     WaitAt<Barrier::kMerge>();
     if (thread_ == 0) {
@@ -205,7 +207,7 @@ __device__ void Merger<kHeadDim>::Run() {
     }
     WaitAt<Barrier::kMerge>();
     if (results_.is_last) {
-      MergeSplits(unit, p_.partials + int64_t{index - unit.split} * stride_);
+      MergeSplits(unit, p_.partials + int64_t{unit.partial - unit.split} * stride_);
     }
   }
 }

@@ -23,8 +23,9 @@ constexpr int64_t kMaxStreamedBF16 = 16;
 constexpr int64_t kMaxStreamedFP8 = 96;
 constexpr int64_t kMaxStreamedQuantized = 192;
 
-// Fewest rows of x that a gated product takes in one kernel. gated_gemm_bench on an H100
-// (2026-11-26), us in one and in two kernels: 768 rows 263 and 257, 1024 rows 310 and 348.
+// Fewest rows of x, beyond a decode batch's, that a gated product takes in one kernel.
+// gated_gemm_bench on an H100 (2026-11-26), us in one and in two kernels: 768 rows 263 and 257,
+// 1024 rows 310 and 348.
 constexpr int64_t kMinGated = 1024;
 
 // Rows of a quantised weight are dequantised this many bytes at a time.
@@ -143,21 +144,29 @@ class CudaGemm final : public GemmBackend {
     GLOAM_CHECK(x.rank == 2 && IsBF16(x) && matrix.cols == x.shape[1]);
     GLOAM_CHECK(y.rank == 2 && IsBF16(y) && y.shape[0] == x.shape[0]);
     GLOAM_CHECK(2 * y.shape[1] == matrix.rows);
-    if (context_.compute_capability != 90 || context_.options.batch_invariant ||
-        matrix.format != DeviceFormat::kBF16 || x.shape[0] < kMinGated ||
-        y.shape[1] % kGatedColumns != 0 || matrix.cols % kGatedChannels != 0) {
+    if (context_.compute_capability != 90 || matrix.format != DeviceFormat::kBF16 ||
+        IsStreamed(matrix, x.shape[0])) {
       return false;
     }
-    MultiplyGated({.x = x.data,
-                   .x_stride = x.strides[0],
-                   .w = matrix.data,
-                   .y = y.data,
-                   .y_stride = y.strides[0],
-                   .m = x.shape[0],
-                   .n = y.shape[1],
-                   .k = matrix.cols,
-                   .num_sms = context_.num_sms,
-                   .stream = context_.stream});
+    const GatedProduct product = {.x = x.data,
+                                  .x_stride = x.strides[0],
+                                  .w = matrix.data,
+                                  .y = y.data,
+                                  .y_stride = y.strides[0],
+                                  .m = x.shape[0],
+                                  .n = y.shape[1],
+                                  .k = matrix.cols,
+                                  .num_sms = context_.num_sms,
+                                  .stream = context_.stream};
+    if (TakesGatedBatch(product)) {
+      MultiplyGatedBatch(product);
+      return true;
+    }
+    if (product.m < kMinGated || product.n % kGatedColumns != 0 ||
+        product.k % kGatedChannels != 0) {
+      return false;
+    }
+    MultiplyGated(product);
     return true;
 #else
     return false;

@@ -58,8 +58,9 @@ std::vector<uint16_t> Run(const PagedCache& cache, const CudaFixture& gpu,
   const DeviceArray<uint16_t> device_q(q), out(int64_t{num_tokens} * width);
   const int num_rows =
       rows == DecodeRows::kEveryToken ? num_tokens : static_cast<int>(chunks.size());
-  const DeviceArray<float> partials(int64_t{std::min(num_rows, kMaxDecodeRows)} * num_groups *
-                                    num_splits *
+  const int64_t num_partials =
+      int64_t{std::min(num_rows, kMaxDecodeRows)} * num_groups * num_splits + gpu.context.num_sms;
+  const DeviceArray<float> partials(num_partials *
                                     DecodePartialFloats(heads_per_unit, shape.head_dim));
   const DeviceArray<int32_t> arrivals(std::vector<int32_t>(kMaxDecodeRows * num_groups, 0));
   DecodeAttentionParams params = {
@@ -179,6 +180,16 @@ TEST_CASE("decode attention balanced over a batch") {
       CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache), DecodeRows::kSingleTokens,
                                        kMaxDecodeHeads, /*balanced=*/true));
     }
+  }
+  // Long ones among short ones, and fewer blocks than SMs.
+  for (const int longest : {20000, 300}) {
+    CAPTURE(longest);
+    std::vector<int> lengths = {0, longest};
+    for (int i = 0; i < 180; ++i) lengths.push_back(longest == 300 ? i % 40 / 39 : i % 18);
+    lengths.insert(lengths.end(), {longest, 0, 0});
+    const PagedCache cache({1, 4, 128, 0, DType::kBF16}, lengths, rng);
+    CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache), DecodeRows::kSingleTokens,
+                                     kMaxDecodeHeads, /*balanced=*/true));
   }
 }
 

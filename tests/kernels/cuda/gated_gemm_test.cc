@@ -89,9 +89,12 @@ TEST_CASE("Gated products agree with double precision") {
   const CudaFixture fixture;
   if (!HasKernel(fixture)) return;
   const auto backend = MakeGemmBackend(fixture.context);
-  for (const Shape& shape :
-       {Shape{1024, 128, 64}, Shape{1025, 256, 192}, Shape{1500, 384, 576}, Shape{2049, 128, 1024},
-        Shape{1100, 4864, 896}, Shape{4500, 1536, 576}}) {
+  for (const Shape& shape : {Shape{1024, 128, 64}, Shape{1025, 256, 192}, Shape{1500, 384, 576},
+                             Shape{2049, 128, 1024}, Shape{1100, 4864, 896}, Shape{4500, 1536, 576},
+                             // A decode batch's.
+                             Shape{17, 8456, 96}, Shape{32, 8960, 224}, Shape{33, 14336, 64},
+                             Shape{64, 8960, 1536}, Shape{65, 8392, 608}, Shape{128, 8960, 1536},
+                             Shape{129, 8456, 576}, Shape{256, 18944, 320}}) {
     CheckShape(shape, *backend);
   }
 }
@@ -111,6 +114,10 @@ TEST_CASE("Few rows, odd shapes, other types and batch-invariant mode go another
     return taken;
   };
   CHECK(takes(fixture, WeightType::kBF16, {1100, 128, 256}) == HasKernel(fixture));
+  CHECK(takes(fixture, WeightType::kBF16, {17, 8512, 96}) == HasKernel(fixture));
+  CHECK(!takes(fixture, WeightType::kBF16, {16, 8512, 96}));
+  CHECK(!takes(fixture, WeightType::kBF16, {17, 8508, 96}));
+  CHECK(!takes(invariant, WeightType::kBF16, {17, 8512, 96}));
   CHECK(!takes(fixture, WeightType::kBF16, {16, 128, 256}));
   CHECK(!takes(fixture, WeightType::kBF16, {1100, 96, 256}));
   CHECK(!takes(fixture, WeightType::kBF16, {1100, 128, 96}));
