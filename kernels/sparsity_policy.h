@@ -54,8 +54,8 @@ struct PrunerConfig {
   PrunerType type = PrunerType::kNone;
   float threshold = 1.0f;
   int min_tokens = 0;  // per query head; the largest weights fill up
-  // kTopP: candidates with at least this share of the mass are kept too; 0: none. They are few (less
-  // than 1 / keep_weight), and it is they who carry what a head looks up.
+  // kTopP: candidates with at least this share of the mass are kept too; 0: none. They are few, at
+  // most 1 / keep_weight, and it is they who carry what a head looks up.
   float keep_weight = 0;
   // A query head prunes what its group has selected, and attends to what its group has kept.
   bool share_group = false;
