@@ -168,8 +168,8 @@ class Bench {
     const bool is_gate_up = product == kGateUp;
     if (is_gate_up) {
       const TensorView y = TensorView::Contiguous(y_.data(), DType::kBF16, Device::kCuda, {m, p.n});
-      const TensorView gate = y.Columns(0, p.n / 2), up = y.Columns(p.n / 2, p.n / 2);
-      if (backend_->GatedGemm({.x = params.x, .weight = &WeightOf(product, layer), .y = gate})) {
+      if (backend_->GatedGemm(
+              {.x = params.x, .weight = &WeightOf(product, layer), .y = y.Columns(0, p.n / 2)})) {
         return;
       }
     }
