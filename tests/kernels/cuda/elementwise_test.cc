@@ -265,4 +265,32 @@ TEST_CASE("GatherRows copies the named rows") {
   }
 }
 
+TEST_CASE("GatherRows copies rows of two-byte elements") {
+  CAPTURE(kSeed);
+  std::mt19937 rng(kSeed);
+  const CudaFixture fixture;
+  for (const int64_t dim : {2, 6, 576, 4096, 5002}) {  // rows are whole words of four bytes
+    for (const int64_t padding : {0, 2, 8}) {
+      CAPTURE(dim, padding);
+      constexpr int64_t kTokens = 33;
+      const int64_t stride = dim + padding;
+      const std::vector<uint16_t> bits = RoundTo(DType::kBF16, Normal(kTokens * stride, rng));
+      const std::vector<float> x = ToFloat(DType::kBF16, bits);
+      const std::vector<int32_t> rows = {32, 0, 7, 7, 1};
+      const DeviceArray<uint16_t> device_x(bits);
+      const DeviceArray<int32_t> device_rows(rows);
+      const Output out(DType::kBF16, static_cast<int64_t>(rows.size()), dim, stride);
+      GatherRows({.x = Matrix(device_x.data(), DType::kBF16, kTokens, dim, stride),
+                  .row_indices = device_rows.data(),
+                  .out = out.view},
+                 fixture.context);
+      std::vector<float> expected;
+      for (const int32_t row : rows) {
+        expected.insert(expected.end(), &x[row * stride], &x[row * stride] + dim);
+      }
+      REQUIRE(out.Download() == expected);
+    }
+  }
+}
+
 }  // namespace gloam::cuda
