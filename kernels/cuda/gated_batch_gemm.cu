@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/gated_gemm.h"
+#include "kernels/cuda/gemm_ring.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/vectors.cuh"
@@ -111,19 +112,6 @@ __device__ __forceinline__ Work FindWork(const KernelParams& p) {
   return work;
 }
 
-// Where in the ring, and how often it went round.
-template <int kStages>
-struct Position {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void Advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 // One thread: asks for all that the thread block's tiles need.
 template <int kTokens>
 class Loader {
@@ -147,7 +135,7 @@ class Loader {
       LoadX(early, i);
       Advance(early);
     }
-    Position<kStages> position;
+    RingPosition<kStages> position;
     position.phase = 1;
     for (int i = num_early; i < num_steps; ++i) {
       // Nor does the other block read what x will replace in both.
@@ -231,28 +219,10 @@ class Multiplier {
         cute::make_tensor(cute::make_smem_ptr(shared_.x[0]), typename Shape::LayoutX{}));
     auto sums = cute::partition_fragment_C(mma, cute::Shape<_128, Int<kTokens>>{});
     WaitForEarlierKernels();  // they may have read y
-    Position<Shape::kStages> at;
+    RingPosition<Shape::kStages> at;
     for (int i = 0; i < work_.num_tiles; ++i) {
-      mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
-      int last_stage = -1;
-      for (int step = 0; step < p_.num_steps; ++step) {
-        shared_.full[at.stage].wait(at.phase);
-        cute::warpgroup_fence_operand(sums);
-        cute::warpgroup_arrive();
-#pragma unroll
-        for (int j = 0; j < kTileChannels / 16; ++j) {
-          cute::gemm(mma, w(cute::_, cute::_, j, at.stage), x(cute::_, cute::_, j, at.stage), sums);
-          mma.accumulate_ = cute::GMMA::ScaleOut::One;
-        }
-        cute::warpgroup_commit_batch();
-        cute::warpgroup_wait<1>();
-        if (last_stage >= 0) Release(last_stage);
-        last_stage = at.stage;
-        at.Advance();
-      }
-      cute::warpgroup_wait<0>();
-      cute::warpgroup_fence_operand(sums);
-      Release(last_stage);
+      MultiplyStages(mma, w, x, shared_.full, p_.num_steps, at, sums,
+                     [&](int stage) { Release(stage); });
       Store(work_.first + i * work_.stride, sums);
     }
   }

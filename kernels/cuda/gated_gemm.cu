@@ -11,6 +11,7 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/cuda/gated_gemm.h"
+#include "kernels/cuda/gemm_ring.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/vectors.cuh"
@@ -70,24 +71,12 @@ __device__ __forceinline__ Tile TileOf(const KernelParams& p, int index, int ran
   return {(tile_row * kClusterBlocks + rank) * kTileRows, in_band / high * kTileColumns};
 }
 
-// Where in the ring, and how often it went round.
-struct Position {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void Advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 // One thread: asks for all that the thread block's tiles need.
 __device__ __forceinline__ void LoadTiles(const KernelParams& p, Shared& shared, int rank) {
   constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   constexpr uint16_t kBoth = (1 << kClusterBlocks) - 1;
   const int num_tiles = p.tiles_high * p.tiles_wide;
-  Position at;
+  RingPosition<kStages> at;
   for (int i = blockIdx.x / kClusterBlocks; i < num_tiles; i += gridDim.x / kClusterBlocks) {
     const Tile tile = TileOf(p, i, rank);
     for (int channel = 0; channel < p.k; channel += kTileChannels) {
@@ -144,29 +133,9 @@ __device__ __forceinline__ void MultiplyTiles(const KernelParams& p, Shared& sha
   };
 
   const int num_tiles = p.tiles_high * p.tiles_wide;
-  Position at;
+  RingPosition<kStages> at;
   for (int i = blockIdx.x / kClusterBlocks; i < num_tiles; i += gridDim.x / kClusterBlocks) {
-    mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
-    int last_stage = -1;
-    for (int channel = 0; channel < p.k; channel += kTileChannels) {
-      shared.full[at.stage].wait(at.phase);
-      cute::warpgroup_fence_operand(sums);
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int step = 0; step < kTileChannels / 16; ++step) {
-        cute::gemm(mma, x(cute::_, cute::_, step, at.stage), w(cute::_, cute::_, step, at.stage),
-                   sums);
-        mma.accumulate_ = cute::GMMA::ScaleOut::One;
-      }
-      cute::warpgroup_commit_batch();
-      cute::warpgroup_wait<1>();
-      if (last_stage >= 0) release(last_stage);
-      last_stage = at.stage;
-      at.Advance();
-    }
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(sums);
-    release(last_stage);
+    MultiplyStages(mma, x, w, shared.full, p.k / kTileChannels, at, sums, release);
     Store(p, TileOf(p, i, rank), thread, sums);
   }
 }
