@@ -23,7 +23,8 @@ class Llama final : public Model {
   TensorView Forward(const ForwardBatch& batch) override;
 
  private:
-  // Everything that a step computes, in one piece of memory.
+  // Everything that a step computes, in one piece of memory; max_rows is the larger of max_tokens
+  // and max_logit_rows.
   struct Activations {
     Buffer memory;
     TensorView hidden;         // [max_tokens, hidden_size], the residual stream

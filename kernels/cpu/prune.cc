@@ -39,23 +39,21 @@ void AddTopP(const PruneParams& params, double base, double total) {
   }
   const double share = params.pruner.threshold;
   const double missing = share * total - base;
-  const float heavy = params.pruner.keep_weight > 0
-                          ? static_cast<float>(params.pruner.keep_weight * total)
-                          : std::numeric_limits<float>::infinity();
-  if (missing <= 0) {
-    KeepAtLeast(params.weights, heavy, params.num_blocks, params.kept);
-    return;
+  float smallest = params.pruner.keep_weight > 0
+                       ? static_cast<float>(params.pruner.keep_weight * total)
+                       : std::numeric_limits<float>::infinity();
+  if (missing > 0) {
+    // What is below this sums to less than may be lost; half of it leaves room for rounding.
+    const int64_t most = params.num_blocks * kBlockTokens;
+    const float negligible =
+        static_cast<float>(0.5 * (1 - share) * total / static_cast<double>(most));
+    KeyBuffers& buffers = ThreadKeyBuffers(most);
+    const KeyRange keys = GatherWeights(params.weights, std::max(negligible, FLT_MIN), params.kept,
+                                        params.num_blocks, buffers);
+    GLOAM_CHECK(keys.count > 0);
+    smallest = std::min(smallest, ValueOfKey(CutByMass(buffers, keys, missing).key));
   }
-  // What is below this sums to less than may be lost; half of it leaves room for rounding.
-  const int64_t most = params.num_blocks * kBlockTokens;
-  const float negligible =
-      static_cast<float>(0.5 * (1 - share) * total / static_cast<double>(most));
-  KeyBuffers& buffers = ThreadKeyBuffers(most);
-  const KeyRange keys = GatherWeights(params.weights, std::max(negligible, FLT_MIN), params.kept,
-                                      params.num_blocks, buffers);
-  GLOAM_CHECK(keys.count > 0);
-  const Cut cut = CutByMass(buffers, keys, missing);
-  KeepAtLeast(params.weights, std::min(heavy, ValueOfKey(cut.key)), params.num_blocks, params.kept);
+  KeepAtLeast(params.weights, smallest, params.num_blocks, params.kept);
 }
 
 // Adds the largest weights until min_tokens are kept.

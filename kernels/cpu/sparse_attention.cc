@@ -137,13 +137,14 @@ class HeadTask {
   void ListTokens();
   void Attend();
   void SumTail();
-  void AddTail();
   void WriteOutput();
   SparseHeadStats Stats();
   float TrueMass();
 
   // Notes which heads see token number i of the list, and its estimated logits.
   void NoteMasks(int64_t i);
+  // Of the list.
+  int64_t NumGroups() const { return (num_tokens_ + kGroupTokens - 1) / kGroupTokens; }
   int64_t BlockId(int64_t block) const { return keys_.block_table[block]; }
   const std::byte* KeyRow(int64_t token) const {
     return static_cast<const std::byte*>(params_.kv.data) +
@@ -254,7 +255,7 @@ SparseHeadStats HeadTask::Run(SelectionMemory& selections, size_t slot) {
       part_clock.Lap(&SparseStageTimes::tail);
     }
   });
-  if (has_tail) AddTail();
+  if (has_tail) FoldPartial(memory_.total, memory_.tail, num_heads_, head_dim_);
   WriteOutput();
   return Stats();
 }
@@ -422,7 +423,7 @@ void HeadTask::GiveToHeads(TokenMask* masks) const {
 void HeadTask::NoteMasks(int64_t i) {
   const int64_t token = memory_.tokens[i];
   const int64_t judged = token / kBlockTokens;
-  const int64_t num_groups = (num_tokens_ + kGroupTokens - 1) / kGroupTokens;
+  const int64_t num_groups = NumGroups();
   for (int head = 0; head < num_heads_; ++head) {
     const bool open = judged == num_blocks_;
     const bool sees =
@@ -469,7 +470,7 @@ void HeadTask::Attend() {
   tile.window = std::numeric_limits<int32_t>::max();
   tile.rows = memory_.rows;
   tile.values_offset = values_offset;
-  const int64_t num_groups = (num_tokens_ + kGroupTokens - 1) / kGroupTokens;
+  const int64_t num_groups = NumGroups();
   if (UsesRowMasks() || policy_.use_estimated_weights_in_attn) {
     std::fill_n(memory_.row_masks, num_heads_ * num_groups, 0u);
     for (int64_t i = 0; i < num_tokens_; ++i) NoteMasks(i);
@@ -508,8 +509,6 @@ void HeadTask::SumTail() {
     sum.max[head] = sum.sum[head] > 0 ? results_[head].max_logit : -FLT_MAX;
   }
 }
-
-void HeadTask::AddTail() { FoldPartial(memory_.total, memory_.tail, num_heads_, head_dim_); }
 
 void HeadTask::WriteOutput() {
   const TensorView& out = params_.out;

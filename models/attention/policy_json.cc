@@ -174,15 +174,6 @@ class Keys {
     *out = static_cast<float>(number);
   }
 
-  // A share in [0, 1].
-  void Share(std::string_view name, float* out) {
-    const json* value = Find(name);
-    if (value == nullptr) return;
-    const double number = value->is_number() ? value->get<double>() : kNotGiven;
-    if (!(number >= 0 && number <= 1)) return Fail(name, "must be a number in [0, 1]");
-    *out = static_cast<float>(number);
-  }
-
   // Ascending layers, each once, of a model with so many.
   void Layers(std::string_view name, int num_layers, std::vector<int>* out) {
     const json* value = Find(name);
@@ -370,7 +361,12 @@ void ReadPruner(Keys& policy, PrunerConfig* out) {
     const bool is_top_p = out->type == PrunerType::kTopP;
     keys.Threshold("threshold", is_top_p ? 1.0 : kMaxLogitDistance, &out->threshold);
     keys.Int("min_tokens", 0, kMaxTokens, &out->min_tokens);
-    if (is_top_p) keys.Share("keep_weight", &out->keep_weight);
+    if (is_top_p) {
+      double keep_weight = 0;
+      keys.Number({.name = "keep_weight", .max = 1, .integer = false, .use = KeyUse::kOptional},
+                  &keep_weight);
+      out->keep_weight = static_cast<float>(keep_weight);
+    }
   }
   keys.Bool("share_group", &out->share_group);  // a selector's sets differ by head too
   keys.RefuseOthers(fmt::format("the weight_pruner \"{}\"", NameOf(kPruners, out->type)));

@@ -235,60 +235,47 @@ TEST_CASE("a row's bits do not depend on the other rows") {
   }
 }
 
+void CheckGatherRows(DType dtype, int64_t dim, int64_t padding, int64_t num_rows, std::mt19937& rng,
+                     const DeviceContext& context) {
+  CAPTURE(dtype, dim, padding, num_rows);
+  constexpr int64_t kTokens = 33;
+  const int64_t stride = dim + padding;
+  std::vector<float> x = Normal(kTokens * stride, rng);
+  const std::vector<uint16_t> bits = RoundTo(DType::kBF16, x);
+  if (dtype == DType::kBF16) x = ToFloat(DType::kBF16, bits);
+  std::vector<int32_t> rows(num_rows);
+  for (int32_t& row : rows) row = static_cast<int32_t>(rng() % kTokens);
+  const DeviceArray<float> device_x(x);
+  const DeviceArray<uint16_t> device_bits(bits);
+  void* data = device_x.data();
+  if (dtype == DType::kBF16) data = device_bits.data();
+  const DeviceArray<int32_t> device_rows(rows);
+  const Output out(dtype, num_rows, dim, stride);
+  GatherRows({.x = Matrix(data, dtype, kTokens, dim, stride),
+              .row_indices = device_rows.data(),
+              .out = out.view},
+             context);
+  std::vector<float> expected;
+  for (const int32_t row : rows) {
+    expected.insert(expected.end(), &x[row * stride], &x[row * stride] + dim);
+  }
+  REQUIRE(out.Download() == expected);
+}
+
 TEST_CASE("GatherRows copies the named rows") {
   CAPTURE(kSeed);
   std::mt19937 rng(kSeed);
   const CudaFixture fixture;
-  for (const int64_t dim : {1, 7, 576, 4096, 5000}) {
-    for (const int64_t padding : {0, 3, 4}) {
-      for (const int64_t num_rows : {1, 9, 200}) {
-        CAPTURE(dim, padding, num_rows);
-        constexpr int64_t kTokens = 33;
-        const int64_t stride = dim + padding;
-        const std::vector<float> x = Normal(kTokens * stride, rng);
-        std::vector<int32_t> rows(num_rows);
-        for (int32_t& row : rows) row = static_cast<int32_t>(rng() % kTokens);
-        const DeviceArray<float> device_x(x);
-        const DeviceArray<int32_t> device_rows(rows);
-        const Output out(DType::kF32, num_rows, dim, stride);
-        GatherRows({.x = Matrix(device_x.data(), DType::kF32, kTokens, dim, stride),
-                    .row_indices = device_rows.data(),
-                    .out = out.view},
-                   fixture.context);
-        std::vector<float> expected;
-        for (const int32_t row : rows) {
-          expected.insert(expected.end(), &x[row * stride], &x[row * stride] + dim);
-        }
-        REQUIRE(out.Download() == expected);
+  for (const int64_t num_rows : {1, 9, 200}) {
+    for (const int64_t dim : {1, 7, 576, 4096, 5000}) {
+      for (const int64_t padding : {0, 3, 4}) {
+        CheckGatherRows(DType::kF32, dim, padding, num_rows, rng, fixture.context);
       }
     }
-  }
-}
-
-TEST_CASE("GatherRows copies rows of two-byte elements") {
-  CAPTURE(kSeed);
-  std::mt19937 rng(kSeed);
-  const CudaFixture fixture;
-  for (const int64_t dim : {2, 6, 576, 4096, 5002}) {  // rows are whole words of four bytes
-    for (const int64_t padding : {0, 2, 8}) {
-      CAPTURE(dim, padding);
-      constexpr int64_t kTokens = 33;
-      const int64_t stride = dim + padding;
-      const std::vector<uint16_t> bits = RoundTo(DType::kBF16, Normal(kTokens * stride, rng));
-      const std::vector<float> x = ToFloat(DType::kBF16, bits);
-      const std::vector<int32_t> rows = {32, 0, 7, 7, 1};
-      const DeviceArray<uint16_t> device_x(bits);
-      const DeviceArray<int32_t> device_rows(rows);
-      const Output out(DType::kBF16, static_cast<int64_t>(rows.size()), dim, stride);
-      GatherRows({.x = Matrix(device_x.data(), DType::kBF16, kTokens, dim, stride),
-                  .row_indices = device_rows.data(),
-                  .out = out.view},
-                 fixture.context);
-      std::vector<float> expected;
-      for (const int32_t row : rows) {
-        expected.insert(expected.end(), &x[row * stride], &x[row * stride] + dim);
+    for (const int64_t dim : {2, 6, 576, 4096, 5002}) {  // rows are whole words of four bytes
+      for (const int64_t padding : {0, 2, 8}) {
+        CheckGatherRows(DType::kBF16, dim, padding, num_rows, rng, fixture.context);
       }
-      REQUIRE(out.Download() == expected);
     }
   }
 }
