@@ -348,6 +348,7 @@ __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
     next_query.Load(p, unit, shared.rows[unit.row].token);
   };
   load_query(units.begin());
+  int num_done = 0;  // units
   for (int index = units.begin(); index < units.end();) {
     const Query<T, kHeadDim> query = next_query;
     const int num_blocks = unit.num_blocks;
@@ -355,7 +356,6 @@ __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
     // Tokens that the row sees, counted from the first of the block at hand.
     int visible_end = unit.context - unit.first_block * kBlock;
     int visible_begin = p.window > 0 ? visible_end - p.window : 0;
-    const bool is_first = index == units.begin();
     index = unit.next;
     load_query(index);
     Accumulator<T, kHeadDim> acc;
@@ -382,9 +382,10 @@ __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
       visible_begin -= kWarps * kBlock;
       visible_end -= kWarps * kBlock;
     }
-    if (!is_first) WaitAt<Barrier::kEmpty>();
+    if (num_done > 0) shared.results.empty.Wait(num_done - 1);
     acc.Store(scale_log2, num_heads, shared.results);
-    ArriveAt<Barrier::kFull>();
+    shared.results.full.Arrive();
+    ++num_done;
   }
 }
 

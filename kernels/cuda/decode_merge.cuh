@@ -171,7 +171,7 @@ __device__ __forceinline__ void Merger<kHeadDim>::MergeSplits(const Unit& unit,
   for (int head = thread_ / 32; head < unit.num_heads; head += kMergeWarps) {
     WeighSplits(unit, first, head);
   }
-  WaitAt<Barrier::kMerge>();
+  WaitForMergers();
   for (int i = thread_; i < unit.num_heads * kQuads; i += kMergeThreads) {
     const int head = i / kQuads;
     float4 out = {0, 0, 0, 0};
@@ -189,14 +189,15 @@ __device__ __forceinline__ void Merger<kHeadDim>::MergeSplits(const Unit& unit,
 template <int kHeadDim>
 __device__ void Merger<kHeadDim>::Run() {
   ClearEmptyRows();
-  for (int at = units_.begin(); at < units_.end();) {
+  int num_done = 0;  // units
+  for (int at = units_.begin(); at < units_.end(); ++num_done) {
     const Unit unit = units_.Find(at);
     at = unit.next;
-    WaitAt<Barrier::kFull>();
+    results_.full.Wait(num_done);
     MergeWarps(unit, p_.partials + int64_t{unit.partial} * stride_);
-    if (at < units_.end()) ArriveAt<Barrier::kEmpty>();
+    results_.empty.Arrive();
     if (unit.num_splits == 1) continue;
-    WaitAt<Barrier::kMerge>();
+    WaitForMergers();
     if (thread_ == 0) {
       int32_t* arrivals = p_.arrivals + unit.row * num_groups_ + unit.group;
       results_.is_last = Arrive(arrivals) == unit.num_splits - 1;
@@ -205,7 +206,7 @@ __device__ void Merger<kHeadDim>::Run() {
         __threadfence();  // before the others' partials are read
       }
     }
-    WaitAt<Barrier::kMerge>();
+    WaitForMergers();
     if (results_.is_last) {
       MergeSplits(unit, p_.partials + int64_t{unit.partial - unit.split} * stride_);
     }

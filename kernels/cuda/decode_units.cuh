@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "kernels/cuda/decode_attention.h"
+#include "kernels/cuda/shared_barrier.cuh"
 
 namespace gloam::cuda::decode {
 
@@ -100,7 +101,9 @@ struct WarpResults {
   float max[kWarps][kMaxDecodeHeads];
   float sum[kWarps][kMaxDecodeHeads];
   float weights[kMaxDecodeHeads][kMaxDecodeSplits];  // of the pieces of a row
-  int is_last;  // this thread block was the last of a row and group
+  int is_last;          // this thread block was the last of a row and group
+  SharedBarrier full;   // a phase a unit: its results are here
+  SharedBarrier empty;  // a phase a unit: they were read
 };
 
 template <int kHeadDim>
@@ -122,18 +125,9 @@ constexpr int SharedBytes(int compute_capability) {
                    DecodeHeads(compute_capability) * Results::kHeadStride * int{sizeof(float)});
 }
 
-// Barriers between the warps that compute and those that merge, and among the latter.
-enum class Barrier { kFull = 1, kEmpty, kMerge };
-
-// Going on at once, or waiting.
-template <Barrier kBarrier>
-__device__ __forceinline__ void ArriveAt() {
-  asm volatile("bar.arrive %0, %1;" ::"n"(static_cast<int>(kBarrier)), "n"(kThreads) : "memory");
-}
-template <Barrier kBarrier>
-__device__ __forceinline__ void WaitAt() {
-  constexpr int kAll = kBarrier == Barrier::kMerge ? kMergeThreads : kThreads;
-  asm volatile("bar.sync %0, %1;" ::"n"(static_cast<int>(kBarrier)), "n"(kAll) : "memory");
+// Waits for the other warps that merge.
+__device__ __forceinline__ void WaitForMergers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kMergeThreads) : "memory");
 }
 
 // Whether a group's thread blocks share the blocks of all contexts evenly, one stretch each,
@@ -145,14 +139,18 @@ __device__ __forceinline__ bool SharesEvenly(const DecodeAttentionParams& p, int
   return p.balanced && divides && p.num_rows * num_groups > num_blocks;
 }
 
-// Reads the rows and counts their units. Every thread block does it for itself: it is hidden behind
-// the kernel before, and needs no order among kernels.
+// Prepares shared memory: reads the rows and counts their units. Every thread block does it for
+// itself: it is hidden behind the kernel before, and needs no order among kernels.
 template <int kHeadDim>
 __device__ void PlanRows(const DecodeAttentionParams& p, int num_groups,
                          SharedMemory<kHeadDim>& shared) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int i = threadIdx.x;
+  if (i == 0) {
+    shared.results.full.Init(kWarps);
+    shared.results.empty.Init(kMergeWarps);
+  }
   Row row = {.seq = 0, .token = 0, .context = -1};
   if (i < p.num_rows) row = ReadRow(p, p.first_row + i);
   const int num_blocks = row.context > 0 ? VisibleBlocks(p, row.context).count : 0;
