@@ -1,5 +1,5 @@
 // TextGenerator: what answers the items of a benchmark: a model in this process, or a server behind
-// a URL (server/cli_eval.cc makes both).
+// a URL (server/cli/eval.cc makes both).
 #pragma once
 
 #include <optional>

@@ -2,7 +2,7 @@
 #include <future>
 
 #include "catch2/catch.hpp"
-#include "server/eval_generators.h"
+#include "server/cli/eval_generators.h"
 #include "tests/server/http_fixture.h"
 
 namespace gloam {

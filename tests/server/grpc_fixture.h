@@ -14,7 +14,7 @@
 #include "gloam/v1/sparsity.grpc.pb.h"
 #include "gloam/v1/tokenizer.grpc.pb.h"
 #include "grpcpp/grpcpp.h"
-#include "server/grpc_server.h"
+#include "server/grpc/server.h"
 
 namespace gloam {
 

@@ -8,8 +8,8 @@
 #include "catch2/catch.hpp"
 #include "fake_engine.h"
 #include "nlohmann/json.hpp"
-#include "server/api_routes.h"
-#include "server/http_server.h"
+#include "server/http/routes.h"
+#include "server/http/server.h"
 
 namespace gloam {
 

@@ -1,4 +1,4 @@
-#include "server/openai_requests.h"
+#include "server/openai/requests.h"
 
 #include <string>
 

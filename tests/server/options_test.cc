@@ -1,4 +1,4 @@
-#include "server/options.h"
+#include "server/cli/options.h"
 
 #include "catch2/catch.hpp"
 
