@@ -2,7 +2,7 @@
 // Llama-3.1-8B and the chain of one of its layers, over more distinct weights than L2 holds, as
 // CUDA graphs. Prints JSON.
 //
-//   gemm_cuda_bench [type] [rows ...]    defaults: BF16, 1 4 8 16 32 64
+//   gemm_cuda_bench [--batch-invariant] [type] [rows ...]    defaults: BF16, 1 4 8 16 32 64
 //
 // Of quantised types "cublas" is the product with the dequantised bf16 weight, dequantising not
 // counted. "of_read_rate": bytes of the weights over the time, beside what a plain kernel reads.
@@ -131,7 +131,7 @@ class Bench {
     fmt::print("\n]}}\n");
   }
 
-  static constexpr int64_t kMaxRows = 1024;
+  static constexpr int64_t kMaxRows = 8192;
 
  private:
   static constexpr size_t kPlainBytes = size_t{128256} * 4096 * 2;  // more than two layers
@@ -230,6 +230,11 @@ class Bench {
 
 int Main(int argc, char** argv) {
   WeightType type = WeightType::kBF16;
+  const bool batch_invariant = argc > 1 && std::string(argv[1]) == "--batch-invariant";
+  if (batch_invariant) {
+    --argc;
+    ++argv;
+  }
   std::vector<int64_t> rows;
   if (argc > 1) {
     for (int i = 0; i <= static_cast<int>(WeightType::kQ6_K); ++i) {
@@ -247,7 +252,8 @@ int Main(int argc, char** argv) {
   cudaDeviceProp properties{};
   GLOAM_CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
   const Stream stream;
-  Bench({.stream = stream.get(),
+  Bench({.options = {.batch_invariant = batch_invariant},
+         .stream = stream.get(),
          .num_sms = properties.multiProcessorCount,
          .compute_capability = 10 * properties.major + properties.minor,
          .max_shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin),

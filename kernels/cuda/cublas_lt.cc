@@ -121,7 +121,7 @@ CublasLt::~CublasLt() {
   if (handle_ != nullptr) functions_->destroy(handle_);
 }
 
-std::unique_ptr<CublasLt::Plan> CublasLt::MakePlan(const LargeProduct& product) {
+std::unique_ptr<CublasLt::Plan> CublasLt::MakePlan(const PlainProduct& product) {
   const Functions& f = *functions_;
   auto plan = std::make_unique<Plan>(f);
   Check(f.desc_create(&plan->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
@@ -182,7 +182,7 @@ cublasLtMatmulAlgo_t CublasLt::BestOf(
   return results[0].algo;
 }
 
-CublasLt::Plan& CublasLt::PlanFor(const LargeProduct& product) {
+CublasLt::Plan& CublasLt::PlanFor(const PlainProduct& product) {
   constexpr size_t kMaxPlans = 4096;  // prompts come in every length
   const Key key(product.m, product.n, product.k, product.x_stride, product.y_stride,
                 Alignment(product.x) | Alignment(product.w) << 10 | Alignment(product.y) << 20,
@@ -192,7 +192,7 @@ CublasLt::Plan& CublasLt::PlanFor(const LargeProduct& product) {
   return *(plans_[key] = MakePlan(product));
 }
 
-void CublasLt::Multiply(const LargeProduct& product, void* workspace, cudaStream_t stream) {
+void CublasLt::Multiply(const PlainProduct& product, void* workspace, cudaStream_t stream) {
   GLOAM_CHECK(product.bias == nullptr || !product.y_is_bf16);
   Plan& plan = PlanFor(product);
   if (product.bias != nullptr) {

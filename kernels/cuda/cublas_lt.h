@@ -12,23 +12,9 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "base/status.h"
+#include "kernels/cuda/plain_product.h"
 
 namespace gloam::cuda {
-
-// y = x w^T (+ bias) (+ y).
-struct LargeProduct {
-  const void* x = nullptr;  // [m, k], bf16
-  int64_t x_stride = 0;
-  const void* w = nullptr;  // [n, k], bf16, contiguous
-  void* y = nullptr;        // [m, n]
-  int64_t y_stride = 0;
-  const float* bias = nullptr;  // [n] or null; only where y is fp32
-  int64_t m = 0;
-  int64_t n = 0;
-  int64_t k = 0;
-  bool y_is_bf16 = false;
-  bool accumulate = false;
-};
 
 class CublasLt {
  public:
@@ -39,8 +25,8 @@ class CublasLt {
   [[nodiscard]] static StatusOr<std::unique_ptr<CublasLt>> Load();
   ~CublasLt();
 
-  // `workspace` is kWorkspaceBytes of device memory.
-  void Multiply(const LargeProduct& product, void* workspace, cudaStream_t stream);
+  // `workspace` is kWorkspaceBytes of device memory; a bias only where y is fp32.
+  void Multiply(const PlainProduct& product, void* workspace, cudaStream_t stream);
 
  private:
   struct Functions;
@@ -49,8 +35,8 @@ class CublasLt {
   using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int>;
 
   CublasLt() = default;
-  Plan& PlanFor(const LargeProduct& product);
-  std::unique_ptr<Plan> MakePlan(const LargeProduct& product);
+  Plan& PlanFor(const PlainProduct& product);
+  std::unique_ptr<Plan> MakePlan(const PlainProduct& product);
   // `results` are ordered by expected time, the shortest first.
   cublasLtMatmulAlgo_t BestOf(std::span<const cublasLtMatmulHeuristicResult_t> results) const;
 

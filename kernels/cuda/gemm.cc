@@ -11,6 +11,7 @@
 #include "kernels/cuda/gated_gemm.h"
 #include "kernels/cuda/gemm_params.h"
 #include "kernels/cuda/gemm_row_quantized.h"
+#include "kernels/cuda/ordered_gemm.h"
 #include "kernels/cuda/weight_upload.h"
 #include "kernels/quant_block.h"
 
@@ -64,6 +65,29 @@ bool IsBF16(const TensorView& view) {
 void* ElementAt(const TensorView& view, int64_t row, int64_t col) {
   return static_cast<char*>(view.data) +
          (row * view.strides[0] + col) * static_cast<int64_t>(DTypeBytes(view.dtype));
+}
+
+// y: a row for each of x's.
+PlainProduct ProductOf(const TensorView& x, const DeviceMatrix& matrix, const TensorView& y) {
+  GLOAM_CHECK(matrix.cols == x.shape[1] && y.shape[0] == x.shape[0]);
+  return {.x = x.data,
+          .x_stride = x.strides[0],
+          .w = matrix.data,
+          .y = y.data,
+          .y_stride = y.strides[0],
+          .m = x.shape[0],
+          .n = y.shape[1],
+          .k = matrix.cols,
+          .y_is_bf16 = IsBF16(y)};
+}
+
+PlainProduct ProductOf(const TensorView& x, const GemmOutput& output) {
+  const DeviceMatrix& matrix = MatrixOf(output.weight);
+  GLOAM_CHECK(output.y.shape[1] == matrix.rows);
+  PlainProduct product = ProductOf(x, matrix, output.y);
+  product.bias = output.bias;
+  product.accumulate = output.accumulate;
+  return product;
 }
 
 bool ShareLaunch(const DeviceMatrix& a, const DeviceMatrix& b) {
@@ -121,6 +145,10 @@ class CudaGemm final : public GemmBackend {
     for (int i = 0; i < params.num_outputs; ++i) {
       if (is_done[i]) continue;
       const DeviceMatrix& first = MatrixOf(params.outputs[i].weight);
+      if (IsOrdered(first)) {
+        MultiplyInOrder(params.x, params.outputs[i]);
+        continue;
+      }
       if (!IsStreamed(first, params.x.shape[0])) {
         MultiplyLarge(params.x, params.outputs[i]);
         continue;
@@ -144,10 +172,13 @@ class CudaGemm final : public GemmBackend {
     GLOAM_CHECK(x.rank == 2 && IsBF16(x) && matrix.cols == x.shape[1]);
     GLOAM_CHECK(y.rank == 2 && IsBF16(y) && y.shape[0] == x.shape[0]);
     GLOAM_CHECK(2 * y.shape[1] == matrix.rows);
-    if (context_.compute_capability != 90 || matrix.format != DeviceFormat::kBF16 ||
-        IsStreamed(matrix, x.shape[0])) {
-      return false;
+    if (context_.compute_capability != 90 || matrix.format != DeviceFormat::kBF16) return false;
+    if (IsOrdered(matrix)) {
+      if (y.shape[1] % 8 != 0) return false;
+      MultiplyOrderedGated(ProductOf(x, matrix, y), context_.num_sms, context_.stream);
+      return true;
     }
+    if (IsStreamed(matrix, x.shape[0])) return false;
     const GatedProduct product = {.x = x.data,
                                   .x_stride = x.strides[0],
                                   .w = matrix.data,
@@ -185,6 +216,11 @@ class CudaGemm final : public GemmBackend {
         break;
     }
     return m <= kMaxStreamedQuantized;
+  }
+
+  bool IsOrdered(const DeviceMatrix& matrix) const {
+    return GLOAM_WITH_HOPPER_KERNELS && context_.options.batch_invariant &&
+           context_.compute_capability == 90 && matrix.format == DeviceFormat::kBF16;
   }
 
   Status PrepareLarge(bool dequantizes) {
@@ -280,21 +316,16 @@ class CudaGemm final : public GemmBackend {
     }
   }
 
+  void MultiplyInOrder([[maybe_unused]] const TensorView& x,
+                       [[maybe_unused]] const GemmOutput& output) {
+#if GLOAM_WITH_HOPPER_KERNELS
+    MultiplyOrdered(ProductOf(x, output), context_.num_sms, context_.stream);
+#endif
+  }
+
   void MultiplyLarge(const TensorView& x, const GemmOutput& output) {
     const DeviceMatrix& matrix = MatrixOf(output.weight);
-    GLOAM_CHECK(matrix.cols == x.shape[1]);
-    GLOAM_CHECK(output.y.shape[0] == x.shape[0] && output.y.shape[1] == matrix.rows);
-    LargeProduct product = {.x = x.data,
-                            .x_stride = x.strides[0],
-                            .w = matrix.data,
-                            .y = output.y.data,
-                            .y_stride = output.y.strides[0],
-                            .bias = output.bias,
-                            .m = x.shape[0],
-                            .n = matrix.rows,
-                            .k = matrix.cols,
-                            .y_is_bf16 = IsBF16(output.y),
-                            .accumulate = output.accumulate};
+    PlainProduct product = ProductOf(x, output);
     if (product.bias != nullptr && product.y_is_bf16) {
       BroadcastBias(product.bias, product.y, product.y_stride, true, product.accumulate, product.m,
                     product.n, context_.stream);
@@ -308,7 +339,7 @@ class CudaGemm final : public GemmBackend {
     const auto scratch_rows =
         static_cast<int64_t>(kScratchBytes) / (2 * matrix.cols) / kUnitRows * kUnitRows;
     for (int64_t row = 0; row < matrix.rows; row += scratch_rows) {
-      LargeProduct piece = product;
+      PlainProduct piece = product;
       piece.n = std::min(scratch_rows, matrix.rows - row);
       piece.w = scratch_.data();
       piece.y = ElementAt(output.y, 0, row);

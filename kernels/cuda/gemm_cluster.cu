@@ -7,9 +7,8 @@
 // Bytes: those of W, per 8 * kTiles rows of x; of x, from L2, m * k * 2 for every tile of rows of
 // W. FLOPs: 2 m n k, by mma.sync.
 #include <algorithm>
-#include <array>
 
-#include "base/check.h"
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/gemm_common.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/packed_weight.cuh"
@@ -17,7 +16,6 @@
 namespace gloam::cuda {
 namespace {
 
-constexpr int kMaxClusterBlocks = 8;
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * 32;
 constexpr int kBlockUnits = kWarps;  // one a warp
@@ -33,28 +31,6 @@ struct ClusterFormat {
 template <WeightType kType, int kTiles>
 constexpr int StageBytes() {
   return kBlockUnits * PackedStage<kType>::kBytes + 8 * kTiles * kXRowBytes;
-}
-
-// Waits for every block of the cluster; their shared memory is then as they left it.
-__device__ __forceinline__ void SyncCluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// Four floats at `address` of the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ float4 LoadFromBlock(uint32_t address, int rank) {
-  float4 out = {};
-#if __CUDA_ARCH__ >= 900
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
-               : "r"(there)
-               : "memory");
-#endif
-  return out;
 }
 
 // One pair of runs of a warp's unit.
@@ -241,44 +217,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   SyncCluster();  // nobody reads here any more
 }
 
-// Clusters of each size that the device runs at a time.
-template <typename Kernel>
-std::array<int, kMaxClusterBlocks + 1> MaxClusters(Kernel kernel, int shared_bytes) {
-  std::array<int, kMaxClusterBlocks + 1> counts = {};
-  for (int blocks = 1; blocks <= kMaxClusterBlocks; ++blocks) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    GLOAM_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&counts[blocks], kernel, &config));
-  }
-  return counts;
-}
-
-// Blocks that share the columns of a tile: as many as make the least of rounds times stages; to
-// fill a ring and to add the sums takes a block as long as a few stages.
-int ClusterBlocks(int num_tiles, int num_slices,
-                  const std::array<int, kMaxClusterBlocks + 1>& max_clusters) {
-  constexpr int kOverhead = 4;
-  int best = 1;
-  int least = 0;
-  for (int blocks = 1; blocks <= kMaxClusterBlocks; ++blocks) {
-    if (max_clusters[blocks] == 0) continue;
-    const int rounds = (num_tiles + max_clusters[blocks] - 1) / max_clusters[blocks];
-    const int cost = rounds * ((num_slices + blocks - 1) / blocks + kOverhead);
-    if (blocks == 1 || cost < least) {
-      best = blocks;
-      least = cost;
-    }
-  }
-  return best;
-}
-
 template <WeightType kType, int kTiles>
 void Launch(const StreamGemmParams& params, const StreamGemmDevice& device) {
   constexpr int kMaxRing = 5;
@@ -290,7 +228,7 @@ void Launch(const StreamGemmParams& params, const StreamGemmDevice& device) {
   static const auto max_clusters = [&] {
     GLOAM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           device.max_shared_bytes));
-    return MaxClusters(kernel, shared_bytes);
+    return MaxClusters(kernel, kThreads, shared_bytes);
   }();
   const int token_tiles = (params.m + 8 * kTiles - 1) / (8 * kTiles);
   const int row_tiles = (params.num_units + kBlockUnits - 1) / kBlockUnits;

@@ -76,6 +76,9 @@ __device__ __forceinline__ void WaitForCopies(int pending) {
 }
 inline constexpr int kMaxStages = 8;
 
+// The streaming product's warps add up their sums in so many parts.
+inline constexpr int kSumParts = 4;
+
 // d = c + a b: a is 16 rows of W by 16 columns, b 16 columns by 8 rows of x.
 __device__ __forceinline__ void MultiplyAdd(float (&d)[4], const float (&c)[4], uint32_t a0,
                                             uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,

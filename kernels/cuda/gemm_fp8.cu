@@ -46,6 +46,7 @@ __device__ __forceinline__ void UnpackRun(const char* stage, int run, int lane,
 
 struct FP8Format {
   static constexpr int kWarps = 8;
+  static constexpr int kSumGroups = kWarps;
   static constexpr int kMaxUnits = 4;  // of a chunk
   static constexpr int kColumns = kStageColumns;
   static constexpr int kUnitBytes = kStageBytes;
@@ -219,7 +220,7 @@ __global__ void EmbedKernel(const char* stages, const float* row_scales, int num
 }  // namespace
 
 void StreamGemmFP8(const StreamGemmParams& params, const StreamGemmDevice& device) {
-  if (params.m > kMaxStreamedRows) return TileGemm<FP8Format, 4>(params, device);
+  if (params.m > kMaxStreamedRows) return TileGemm<FP8Format, 4, 8>(params, device);
   StreamGemm<FP8Format, 2>(params, device);
 }
 

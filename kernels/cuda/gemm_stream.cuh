@@ -8,8 +8,8 @@
 // other. The first stages of W are requested before the earlier kernel has finished: weights never
 // change.
 //
-// Order of summation: within a warp by columns, then warps 0, 1, ...: it depends on the number of
-// columns and the format, never on the rows of x or of W.
+// Order of summation: within a warp by columns, then warps 0, 1, ... of each quarter of them, then
+// the quarters: it depends on the number of columns and the format, never on the rows of x or of W.
 //
 // Bytes: those of W; of x, from L2, m * k * 2 for every chunk of every block.
 #pragma once
@@ -155,24 +155,29 @@ __device__ __forceinline__ void LoadFirstX(const StreamGemmParams& params, char*
 }
 
 // A chunk's sums go through shared memory a few units at a time; of up to eight rows of x by turns
-// through two places, which saves a barrier.
+// through two places, which saves a barrier. Set s of the sums of warp w is sum s * kWarps + w.
 template <typename Format, int kTiles>
 struct Reduction {
+  static constexpr int kSets = Format::kSumGroups / Format::kWarps;  // of a warp
   static constexpr int kUnits = kTiles == 4 ? 1 : 2;
   static constexpr int kPlaces = kTiles == 1 ? 2 : 1;
   static constexpr int kRows = kUnits * kUnitRows;
   static constexpr int kRowStride = kRows + 4;  // of one row of x; keeps the writes off each other
 
   // Of one place.
-  static __host__ __device__ constexpr int Floats(int m) { return Format::kWarps * m * kRowStride; }
+  static __host__ __device__ constexpr int Floats(int m) {
+    return Format::kSumGroups * m * kRowStride;
+  }
   static constexpr int Bytes(int m) { return kPlaces * Floats(m) * 4; }
 };
 
-// Adds the warps' sums of `num_units` units from `unit` on and stores the results.
+// Adds the warps' sums of `num_units` units from `unit` on, ascending, and stores the results.
+// `acc` holds one set after the other.
 template <typename Format, int kTiles, int kUnits>
-__device__ __forceinline__ void ReduceAndStore(const StreamGemmParams& params,
-                                               const float (&acc)[kUnits][kTiles][4], int unit,
-                                               int num_units, float* sums, int& turn) {
+__device__ __forceinline__ void ReduceAndStore(
+    const StreamGemmParams& params,
+    const float (&acc)[Reduction<Format, kTiles>::kSets * kUnits][kTiles][4], int unit,
+    int num_units, float* sums, int& turn) {
   using R = Reduction<Format, kTiles>;
   static_assert(kUnits % R::kUnits == 0);
   const int lane = threadIdx.x % 32;
@@ -189,14 +194,19 @@ __device__ __forceinline__ void ReduceAndStore(const StreamGemmParams& params,
     float* own = sums + turn * R::Floats(params.m) + threadIdx.x / 32 * warp_floats;
     if constexpr (R::kPlaces == 2) turn ^= 1;
 #pragma unroll
-    for (int u = 0; u < R::kUnits; ++u) {
+    for (int set = 0; set < R::kSets; ++set, own += Format::kWarps * warp_floats) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int u = 0; u < R::kUnits; ++u) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int token = 8 * n + 2 * (lane % 4) + c % 2;
-          const int row = kUnitRows * u + lane / 4 + 8 * (c / 2);
-          if (token < params.m) own[token * R::kRowStride + row] = acc[first + u][n][c];
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const int token = 8 * n + 2 * (lane % 4) + c % 2;
+            const int row = kUnitRows * u + lane / 4 + 8 * (c / 2);
+            if (token < params.m) {
+              own[token * R::kRowStride + row] = acc[set * kUnits + first + u][n][c];
+            }
+          }
         }
       }
     }
@@ -205,10 +215,16 @@ __device__ __forceinline__ void ReduceAndStore(const StreamGemmParams& params,
       const int token = i / R::kRows;
       const int row = i % R::kRows;
       if (first + row / kUnitRows >= num_units) continue;
+      constexpr int kPartSums = Format::kSumGroups / kSumParts;
       float value = 0;
 #pragma unroll
-      for (int w = 0; w < Format::kWarps; ++w) {
-        value += all[w * warp_floats + token * R::kRowStride + row];
+      for (int part = 0; part < kSumParts; ++part) {
+        float sum = 0;
+#pragma unroll
+        for (int w = part * kPartSums; w < (part + 1) * kPartSums; ++w) {
+          sum += all[w * warp_floats + token * R::kRowStride + row];
+        }
+        value += sum;
       }
       StoreOutput<Format>(params, unit + first + row / kUnitRows, row % kUnitRows, token, value);
     }

@@ -9,6 +9,7 @@ namespace {
 // each run of 32, of rows g and g + 8 of W and of row g of x.
 struct BF16Format {
   static constexpr int kWarps = 8;
+  static constexpr int kSumGroups = kWarps;
   static constexpr int kMaxUnits = 2;  // of a chunk; leaves a ring six stages
   static constexpr int kColumns = 64;
   static constexpr int kRowBytes = kColumns * 2;
@@ -81,7 +82,7 @@ struct BF16Format {
 }  // namespace
 
 void StreamGemmBF16(const StreamGemmParams& params, const StreamGemmDevice& device) {
-  if (params.m > kMaxStreamedRows) return TileGemm<BF16Format, 4>(params, device);
+  if (params.m > kMaxStreamedRows) return TileGemm<BF16Format, 4, 8>(params, device);
   StreamGemm<BF16Format, 4>(params, device);
 }
 

@@ -116,8 +116,8 @@ std::vector<Shape> ShapesOf(WeightType type) {
   return {{5, 32}, {16, 96}, {301, 576}, {50, 1536}, {37, 8960}, {6341, 160}};
 }
 
-TEST_CASE("Products agree with double precision", "[gemm]") {
-  const CudaFixture fixture;
+void CheckPrecision(const CudaOptions& options) {
+  const CudaFixture fixture(options);
   const auto backend = MakeGemmBackend(fixture.context);
   for (WeightType type : kAllTypes) {
     for (const Shape& shape : ShapesOf(type)) {
@@ -144,29 +144,49 @@ TEST_CASE("Products agree with double precision", "[gemm]") {
   }
 }
 
-TEST_CASE("A row's result does not depend on the other rows", "[gemm]") {
+TEST_CASE("Products agree with double precision", "[gemm]") {
+  CheckPrecision({});
+  CheckPrecision({.batch_invariant = true});
+}
+
+void CheckRowsAlone(WeightType type, const Shape& shape) {
   const CudaFixture fixture({.batch_invariant = true});
   const auto backend = MakeGemmBackend(fixture.context);
-  for (WeightType type : kAllTypes) {
-    std::mt19937 rng(11);
-    const RandomWeight matrix(type, 83, 1536, rng);
-    const auto weight = Load(*backend, {matrix.raw});
-    constexpr int64_t kMost = 300;
-    const std::vector<uint16_t> bits = RandomInputs(kMost, 1536, rng);
-    const DeviceArray<uint16_t> x(bits);
-    const std::vector<float> all = Multiply(*backend, *weight, x, kMost);
-    CHECK(Reference(matrix, bits, 3)
-              .WorstError({all.begin(), all.begin() + 3 * 83}, !IsQuantized(type)) <= 1);
-    for (int64_t rows : {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 40, 64, 65, 129, 257}) {
-      CAPTURE(std::string(InfoOf(type).name), rows);
-      const std::vector<float> y = Multiply(*backend, *weight, x, rows);
-      CHECK(std::memcmp(y.data(), all.data(), y.size() * sizeof(float)) == 0);
-    }
-    // The last row alone.
-    const std::vector<uint16_t> last(bits.end() - 1536, bits.end());
-    const std::vector<float> y = Multiply(*backend, *weight, DeviceArray<uint16_t>(last), 1);
-    CHECK(std::memcmp(y.data(), all.data() + (kMost - 1) * 83, 83 * sizeof(float)) == 0);
+  std::mt19937 rng(11);
+  const RandomWeight matrix(type, shape.n, shape.k, rng);
+  const auto weight = Load(*backend, {matrix.raw});
+  constexpr int64_t kMost = 1100;
+  const std::vector<uint16_t> bits = RandomInputs(kMost, shape.k, rng);
+  const DeviceArray<uint16_t> x(bits);
+  const std::vector<float> all = Multiply(*backend, *weight, x, kMost);
+  CHECK(Reference(matrix, bits, 3)
+            .WorstError({all.begin(), all.begin() + 3 * shape.n}, !IsQuantized(type)) <= 1);
+  for (int64_t rows : {1,  2,  7,  8,   9,   15,  16,  17,  31,  32,  33,  40,
+                       64, 65, 96, 128, 129, 150, 192, 193, 256, 257, 300, 700}) {
+    CAPTURE(std::string(InfoOf(type).name), shape.n, shape.k, rows);
+    const std::vector<float> y = Multiply(*backend, *weight, x, rows);
+    CHECK(std::memcmp(y.data(), all.data(), y.size() * sizeof(float)) == 0);
   }
+  // The last row alone, and among others.
+  for (int64_t rows : {1, 20, 65}) {
+    CAPTURE(std::string(InfoOf(type).name), shape.n, shape.k, rows);
+    const std::vector<uint16_t> last(bits.end() - rows * shape.k, bits.end());
+    const std::vector<float> y = Multiply(*backend, *weight, DeviceArray<uint16_t>(last), rows);
+    CHECK(std::memcmp(y.data(), all.data() + (kMost - rows) * shape.n, y.size() * sizeof(float)) ==
+          0);
+  }
+}
+
+TEST_CASE("A row's result does not depend on the other rows", "[gemm]") {
+  for (WeightType type : kAllTypes) {
+    CheckRowsAlone(type, {83, 1536});
+    CheckRowsAlone(type, {6341, 512});
+    CheckRowsAlone(type, {8197, 256});
+  }
+  // The shapes of models.
+  CheckRowsAlone(WeightType::kBF16, {960, 576});
+  CheckRowsAlone(WeightType::kBF16, {1030, 14336});
+  CheckRowsAlone(WeightType::kQ4_0, {1024, 4096});
 }
 
 // Three weights of `types` with bias, residual, strided x and y, against separate plain products.
@@ -228,7 +248,7 @@ void CheckEpilogues(const CudaFixture& fixture, const std::vector<WeightType>& t
 }
 
 TEST_CASE("Bias, residual, strides and several outputs", "[gemm]") {
-  const CudaFixture fixture;
+  const CudaFixture normal, invariant({.batch_invariant = true});
   using enum WeightType;
   for (const std::vector<WeightType>& types :
        {std::vector{kQ4_K, kQ8_0, kF32}, std::vector{kBF16, kF16, kBF16},
@@ -236,7 +256,11 @@ TEST_CASE("Bias, residual, strides and several outputs", "[gemm]") {
     for (DType y_dtype : {DType::kF32, DType::kBF16}) {
       for (int64_t rows : {1, 10, 40, 200}) {
         CAPTURE(std::string(InfoOf(types[0]).name), static_cast<int>(y_dtype), rows);
-        CheckEpilogues(fixture, types, y_dtype, rows);
+        CheckEpilogues(normal, types, y_dtype, rows);
+      }
+      for (int64_t rows : {1, 10, 20, 40, 100, 200, 300}) {
+        CAPTURE(std::string(InfoOf(types[0]).name), static_cast<int>(y_dtype), rows, "invariant");
+        CheckEpilogues(invariant, types, y_dtype, rows);
       }
     }
   }

@@ -1,0 +1,77 @@
+// Thread blocks of a cluster (compute capability 9.0) that share the columns of a matrix product.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <cstdint>
+
+#include "kernels/cuda/check.h"
+
+namespace gloam::cuda {
+
+inline constexpr int kMaxClusterBlocks = 8;
+
+// Waits for every block of the cluster; their shared memory is then as they left it.
+__device__ __forceinline__ void SyncCluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Four floats at `address` of the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ float4 LoadFromBlock(uint32_t address, int rank) {
+  float4 out = {};
+#if __CUDA_ARCH__ >= 900
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
+               : "r"(there)
+               : "memory");
+#endif
+  return out;
+}
+
+using ClusterCounts = std::array<int, kMaxClusterBlocks + 1>;  // by blocks of a cluster
+
+// Clusters of each size that the device runs at a time.
+template <typename Kernel>
+ClusterCounts MaxClusters(Kernel kernel, int num_threads, int shared_bytes) {
+  ClusterCounts counts = {};
+  for (int blocks = 1; blocks <= kMaxClusterBlocks; ++blocks) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(num_threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    GLOAM_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&counts[blocks], kernel, &config));
+  }
+  return counts;
+}
+
+// Blocks that share the columns of a tile: as many as make the least of rounds times stages; to
+// fill a ring and to add the sums takes a block as long as a few stages.
+inline int ClusterBlocks(int num_tiles, int num_slices, const ClusterCounts& max_clusters,
+                         int max_blocks = kMaxClusterBlocks) {
+  constexpr int kOverhead = 4;
+  int best = 1;
+  int least = 0;
+  for (int blocks = 1; blocks <= max_blocks; ++blocks) {
+    if (max_clusters[blocks] == 0) continue;
+    const int rounds = (num_tiles + max_clusters[blocks] - 1) / max_clusters[blocks];
+    const int cost = rounds * ((num_slices + blocks - 1) / blocks + kOverhead);
+    if (blocks == 1 || cost < least) {
+      best = blocks;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+}  // namespace gloam::cuda

@@ -1,0 +1,19 @@
+// The products of batch-invariant mode with bf16 weights (compute capability 9.0 alone). Host side
+// of the GEMM backend; engine thread only.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/plain_product.h"
+
+namespace gloam::cuda {
+
+// ordered_gemm.cu: y = x w^T (+ bias) (+ y) for any number of rows of x. The order of the sums
+// depends on w's shape and y's type: a row's bits depend on nothing but the row and w.
+void MultiplyOrdered(const PlainProduct& product, int num_sms, cudaStream_t stream);
+
+// y = silu(x w_gate^T) * (x w_up^T) with the same sums. w: 2 n rows, the gate's, then the up's; n
+// is a multiple of 8, y bf16.
+void MultiplyOrderedGated(const PlainProduct& product, int num_sms, cudaStream_t stream);
+
+}  // namespace gloam::cuda
