@@ -31,36 +31,46 @@ void CheckParams(const PruneParams& params) {
   GLOAM_CHECK(no_candidates == 0);
 }
 
-// kept := the candidates that top-p and keep_weight add to those that are kept in any case. `base`
-// is the mass of those, beside the `total` of everything.
-void AddTopP(const PruneParams& params, double base, double total) {
+// kept := the candidates that top-p and keep_weight add to those that are kept in any case; returns
+// their mass. `base` is the mass of the latter, beside the `total` of everything.
+double AddTopP(const PruneParams& params, double base, double total) {
+  thread_local std::vector<TokenMask> choices;
+  choices.resize(static_cast<size_t>(params.num_blocks));
   for (int64_t i = 0; i < params.num_blocks; ++i) {
-    params.kept[i] = params.candidates[i] & static_cast<TokenMask>(~AlwaysKept(params, i));
+    choices[i] = params.candidates[i] & static_cast<TokenMask>(~AlwaysKept(params, i));
   }
+  const auto keep = [&](float at_least) {
+    return KeepWeights(params.weights, at_least, choices.data(), params.num_blocks, params.kept);
+  };
+  double mass = 0;
+  if (params.pruner.keep_weight > 0) {
+    mass = keep(static_cast<float>(params.pruner.keep_weight * total));
+  } else {
+    std::fill_n(params.kept, params.num_blocks, kNoTokens);
+  }
+  // For most heads that is enough. Else what is missing is below the weights kept so far.
   const double share = params.pruner.threshold;
-  const double missing = share * total - base;
-  float smallest = params.pruner.keep_weight > 0
-                       ? static_cast<float>(params.pruner.keep_weight * total)
-                       : std::numeric_limits<float>::infinity();
-  if (missing > 0) {
-    // What is below this sums to less than may be lost; half of it leaves room for rounding.
-    const int64_t most = params.num_blocks * kBlockTokens;
-    const float negligible =
-        static_cast<float>(0.5 * (1 - share) * total / static_cast<double>(most));
-    KeyBuffers& buffers = ThreadKeyBuffers(most);
-    const KeyRange keys = GatherWeights(params.weights, std::max(negligible, FLT_MIN), params.kept,
-                                        params.num_blocks, buffers);
-    GLOAM_CHECK(keys.count > 0);
-    smallest = std::min(smallest, ValueOfKey(CutByMass(buffers, keys, missing).key));
+  const double missing = share * total - base - mass;
+  if (missing <= 0) return mass;
+  for (int64_t i = 0; i < params.num_blocks; ++i) {
+    params.kept[i] = choices[i] & static_cast<TokenMask>(~params.kept[i]);
   }
-  KeepAtLeast(params.weights, smallest, params.num_blocks, params.kept);
+  // What is below this sums to less than may be lost; half of it leaves room for rounding.
+  const int64_t most = params.num_blocks * kBlockTokens;
+  const float negligible =
+      static_cast<float>(0.5 * (1 - share) * total / static_cast<double>(most));
+  KeyBuffers& buffers = ThreadKeyBuffers(most);
+  const KeyRange keys = GatherWeights(params.weights, std::max(negligible, FLT_MIN), params.kept,
+                                      params.num_blocks, buffers);
+  GLOAM_CHECK(keys.count > 0);
+  return keep(ValueOfKey(CutByMass(buffers, keys, missing).key));
 }
 
-// Adds the largest weights until min_tokens are kept.
-void FillUp(const PruneParams& params) {
-  if (params.pruner.min_tokens == 0) return;
+// Adds the largest weights until min_tokens are kept. Returns whether any were missing.
+bool FillUp(const PruneParams& params) {
+  if (params.pruner.min_tokens == 0) return false;
   const int64_t missing = params.pruner.min_tokens - CountOf(params.kept, params.num_blocks);
-  if (missing <= 0) return;
+  if (missing <= 0) return false;
   thread_local std::vector<TokenMask> rest;
   rest.resize(static_cast<size_t>(params.num_blocks));
   for (int64_t i = 0; i < params.num_blocks; ++i) {
@@ -68,6 +78,7 @@ void FillUp(const PruneParams& params) {
   }
   KeepTopTokens(params.weights, missing, params.num_blocks, rest.data());
   for (int64_t i = 0; i < params.num_blocks; ++i) params.kept[i] |= rest[i];
+  return true;
 }
 
 }  // namespace
@@ -86,13 +97,15 @@ PruneResult Prune(const PruneParams& params) {
   result.total_mass =
       ExpWeights(params.logits, params.candidates, num_blocks, max, params.weights) + open_mass;
 
+  result.kept_mass = -1;  // not known yet
   switch (params.pruner.type) {
     case PrunerType::kTopP:
       if (params.pruner.threshold < 1) {
         const double always = params.always_kept == nullptr
                                   ? 0
                                   : SumOf(params.weights, params.always_kept, num_blocks);
-        AddTopP(params, open_mass + always, result.total_mass);
+        const double base = open_mass + always;
+        result.kept_mass = base + AddTopP(params, base, result.total_mass);
         break;
       }
       [[fallthrough]];
@@ -107,9 +120,10 @@ PruneResult Prune(const PruneParams& params) {
   if (params.always_kept != nullptr) {
     for (int64_t i = 0; i < num_blocks; ++i) params.kept[i] |= AlwaysKept(params, i);
   }
-  FillUp(params);
+  if (FillUp(params) || result.kept_mass < 0) {
+    result.kept_mass = SumOf(params.weights, params.kept, num_blocks) + open_mass;
+  }
   result.num_kept = CountOf(params.kept, num_blocks);
-  result.kept_mass = SumOf(params.weights, params.kept, num_blocks) + open_mass;
   return result;
 }
 

@@ -19,27 +19,73 @@ namespace hn = hwy::HWY_NAMESPACE;
 using DF = hn::CappedTag<float, kBlockTokens>;
 using VF = hn::Vec<DF>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
-constexpr int kVectors = HWY_TARGET <= HWY_AVX3 ? 4 : 2;
+// A register tile of sums: heads times vectors of channels.
+constexpr int kTileHeads = HWY_TARGET <= HWY_AVX3 ? 4 : 3;
+constexpr int kTileVectors = 4;
 
 // Blocks ahead whose means are fetched: they are anywhere in the cache.
 constexpr int64_t kPrefetchBlocks = 16;
 
-// Mass of a block's tokens that are not kept.
-inline float LeftMass(const float* weights, TokenMask kept) {
+// Weights of tokens that are not kept.
+inline VF LeftWeights(const float* weights, uint32_t kept) {
   const DF d;
-  const auto left = static_cast<TokenMask>(~kept);
-  VF sum = hn::Zero(d);
-  if (left == kAllTokens) {
-    for (int i = 0; i < kBlockTokens; i += kLanes) sum = hn::Add(sum, hn::LoadU(d, weights + i));
-    return hn::GetLane(hn::SumOfLanes(d, sum));
+  const hn::RebindToSigned<DF> di;
+  alignas(64) static constexpr int32_t kBits[kBlockTokens] = {
+      1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+      1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  const auto is_kept = hn::TestBit(hn::Set(di, static_cast<int32_t>(kept)), hn::Load(di, kBits));
+  return hn::IfThenZeroElse(hn::RebindMask(d, is_kept), hn::LoadU(d, weights));
+}
+
+// The same of a block, its lanes summed up.
+inline VF LeftWeightsOfBlock(const float* weights, TokenMask kept) {
+  VF sum = LeftWeights(weights, kept);
+  for (int i = kLanes; i < kBlockTokens; i += kLanes) {
+    sum = hn::Add(sum, LeftWeights(weights + i, uint32_t{kept} >> i));
   }
-  for (int i = 0; i < kBlockTokens; i += kLanes) {
-    uint8_t bits[8] = {};
-    const uint32_t lanes = static_cast<uint32_t>(left) >> i;
-    std::memcpy(bits, &lanes, sizeof(lanes));
-    sum = hn::Add(sum, hn::IfThenElseZero(hn::LoadMaskBits(d, bits), hn::LoadU(d, weights + i)));
+  return sum;
+}
+
+inline float LeftMass(const float* weights, TokenMask kept) {
+  return hn::GetLane(hn::SumOfLanes(DF(), LeftWeightsOfBlock(weights, kept)));
+}
+
+#if HWY_TARGET != HWY_SCALAR
+// Halves are added until four lanes are left, as SumOfLanes does.
+template <class D>
+HWY_INLINE hn::Vec<hn::CappedTag<float, 4>> SumToFour(D /*d*/, hn::Vec<D> x) {
+  if constexpr (hn::MaxLanes(D()) <= 4) {
+    return x;
+  } else {
+    const hn::Half<D> half;
+    return SumToFour(half, hn::Add(hn::LowerHalf(half, x), hn::UpperHalf(half, x)));
   }
-  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+#endif
+
+// masses[i] = LeftMass of block i. Whether a token is kept is as good as random: no branches.
+void LeftMasses(const float* weights, const TokenMask* kept, int64_t num_blocks, float* masses) {
+  int64_t block = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::CappedTag<float, 4> d4;
+  const hn::Repartition<uint64_t, decltype(d4)> d64;
+  const auto four_lanes = [&](int64_t i) HWY_ATTR {
+    return SumToFour(DF(), LeftWeightsOfBlock(weights + i * kBlockTokens, kept[i]));
+  };
+  const auto halves = [&](auto a, auto b) HWY_ATTR {  // a0 + a2, b0 + b2, a1 + a3, b1 + b3
+    return hn::BitCast(d64, hn::Add(hn::InterleaveLower(d4, a, b), hn::InterleaveUpper(d4, a, b)));
+  };
+  for (; block + 4 <= num_blocks; block += 4) {
+    const auto a = halves(four_lanes(block), four_lanes(block + 1));
+    const auto b = halves(four_lanes(block + 2), four_lanes(block + 3));
+    hn::StoreU(hn::Add(hn::BitCast(d4, hn::InterleaveLower(d64, a, b)),
+                       hn::BitCast(d4, hn::InterleaveUpper(d64, a, b))),
+               d4, masses + block);
+  }
+#endif
+  for (; block < num_blocks; ++block) {
+    masses[block] = LeftMass(weights + block * kBlockTokens, kept[block]);
+  }
 }
 
 inline VF LoadMeans(const float* from) { return hn::LoadU(DF(), from); }
@@ -97,8 +143,8 @@ void AddMeansTile(const TailParams& params, int64_t num_listed, int head, int ch
 template <typename T, int kHeads>
 void AddMeansOfHeads(const TailParams& params, int64_t num_listed, int head, float* acc) {
   int channel = 0;
-  for (; channel + kVectors * kLanes <= params.head_dim; channel += kVectors * kLanes) {
-    AddMeansTile<T, kHeads, kVectors>(params, num_listed, head, channel, acc);
+  for (; channel + kTileVectors * kLanes <= params.head_dim; channel += kTileVectors * kLanes) {
+    AddMeansTile<T, kHeads, kTileVectors>(params, num_listed, head, channel, acc);
   }
   for (; channel < params.head_dim; channel += kLanes) {
     AddMeansTile<T, kHeads, 1>(params, num_listed, head, channel, acc);
@@ -108,14 +154,18 @@ void AddMeansOfHeads(const TailParams& params, int64_t num_listed, int head, flo
 template <typename T>
 void AddMeans(const TailParams& params, int64_t num_listed, float* acc) {
   int head = 0;
-  for (; head + 4 <= params.num_heads; head += 4) {
-    AddMeansOfHeads<T, 4>(params, num_listed, head, acc);
+  for (; head + kTileHeads <= params.num_heads; head += kTileHeads) {
+    AddMeansOfHeads<T, kTileHeads>(params, num_listed, head, acc);
   }
-  for (; head + 2 <= params.num_heads; head += 2) {
-    AddMeansOfHeads<T, 2>(params, num_listed, head, acc);
-  }
-  for (; head < params.num_heads; ++head) {
-    AddMeansOfHeads<T, 1>(params, num_listed, head, acc);
+  switch (params.num_heads - head) {
+    case 3:
+      return AddMeansOfHeads<T, 3>(params, num_listed, head, acc);
+    case 2:
+      return AddMeansOfHeads<T, 2>(params, num_listed, head, acc);
+    case 1:
+      return AddMeansOfHeads<T, 1>(params, num_listed, head, acc);
+    default:
+      return;
   }
 }
 
@@ -123,18 +173,14 @@ int64_t FindTailTarget(const TailParams& params, float* sums) {
   const int64_t num_blocks = params.keys.num_blocks;
   const int64_t blocks_per_mean = params.tail_block / kBlockTokens;
   for (int head = 0; head < params.num_heads; ++head) {
-    const float* weights = params.weights + head * num_blocks * kBlockTokens;
-    const TokenMask* candidates = params.candidates + head * num_blocks;
-    const TokenMask* kept = params.kept + head * num_blocks;
     float* masses = params.masses + head * num_blocks;
+    LeftMasses(params.weights + head * num_blocks * kBlockTokens, params.kept + head * num_blocks,
+               num_blocks, masses);
     sums[head] = 0;
     for (int64_t first = 0; first < num_blocks; first += blocks_per_mean) {
       const int64_t end = std::min(num_blocks, first + blocks_per_mean);
-      float mass = 0;
-      for (int64_t block = first; block < end; ++block) {
-        if ((candidates[block] & ~kept[block]) == 0) continue;
-        mass += LeftMass(weights + block * kBlockTokens, kept[block]);
-      }
+      float mass = masses[first];
+      for (int64_t block = first + 1; block < end; ++block) mass += masses[block];
       std::fill(masses + first, masses + end, mass / static_cast<float>(end - first));
       sums[head] += mass;
     }

@@ -12,11 +12,10 @@ struct TailParams {
   int tail_block = kBlockTokens;  // tokens whose mean value is one
   int num_heads = 0;
   int head_dim = 0;
-  const float* weights = nullptr;         // [num_heads][16 * num_blocks]; 0 where no candidate
-  const TokenMask* candidates = nullptr;  // [num_heads][num_blocks]
-  const TokenMask* kept = nullptr;        // [num_heads][num_blocks]
-  float* masses = nullptr;                // [num_heads][num_blocks]
-  int32_t* listed = nullptr;              // [num_blocks]
+  const float* weights = nullptr;   // [num_heads][16 * num_blocks]; 0 where no candidate
+  const TokenMask* kept = nullptr;  // [num_heads][num_blocks]
+  float* masses = nullptr;          // [num_heads][num_blocks]
+  int32_t* listed = nullptr;        // [num_blocks]
 };
 
 // Writes what each head leaves of a block's mass to `masses`, relative to the logit that the

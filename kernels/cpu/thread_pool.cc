@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <limits>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -61,24 +62,31 @@ uint64_t JobOf(uint64_t state) { return state / kNextJob; }
 }  // namespace
 
 struct ThreadPool::Impl {
-  // Tasks that threads take one by one. The task and the count are written while the job is closed
-  // and empty, read by threads inside it.
+  // Tasks that threads take one by one, from the first on or from the last on. The task and the
+  // count are written while the job is closed and empty, read by threads inside it.
   struct Job {
     alignas(64) std::atomic<uint64_t> state{0};
-    alignas(64) std::atomic<int64_t> next_task{0};
+    // Tasks from the first on, one each, and from the last on, kFromLast each.
+    alignas(64) std::atomic<uint64_t> taken{0};
     alignas(64) const TaskRef* task = nullptr;
     int64_t num_tasks = 0;
 
+    static constexpr uint64_t kFromFirst = 1;
+    static constexpr uint64_t kFromLast = uint64_t{1} << 32;
+
     void Set(const TaskRef& f, int64_t count) {
+      GLOAM_CHECK(count < std::numeric_limits<int32_t>::max());
       task = &f;
       num_tasks = count;
-      next_task.store(0, std::memory_order_relaxed);
+      taken.store(0, std::memory_order_relaxed);
     }
-    void RunTasks(int thread) {
+    void RunTasks(int thread, uint64_t side) {
       for (;;) {
-        const int64_t i = next_task.fetch_add(1, std::memory_order_relaxed);
-        if (i >= num_tasks) return;
-        (*task)(i, thread);
+        const uint64_t before = taken.fetch_add(side, std::memory_order_relaxed);
+        const auto from_first = static_cast<int64_t>(before % kFromLast);
+        const auto from_last = static_cast<int64_t>(before / kFromLast);
+        if (from_first + from_last >= num_tasks) return;
+        (*task)(side == kFromFirst ? from_first : num_tasks - 1 - from_last, thread);
       }
     }
     bool IsEmpty() const { return (state.load(std::memory_order_acquire) & kWorkerMask) == 0; }
@@ -100,7 +108,8 @@ struct ThreadPool::Impl {
       uint64_t seen = inner.state.load(std::memory_order_relaxed);
       if ((seen & kOpen) == 0) continue;
       if (!inner.state.compare_exchange_strong(seen, seen + 1, std::memory_order_acquire)) continue;
-      inner.RunTasks(thread);
+      // The owner begins at the other end: in loop after loop each meets the data that it has had.
+      inner.RunTasks(thread, Job::kFromLast);
       inner.state.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -126,7 +135,7 @@ struct ThreadPool::Impl {
       uint64_t seen = job.state.load(std::memory_order_acquire);
       if ((seen & kOpen) == 0 || !job.state.compare_exchange_strong(seen, seen + 1)) continue;
       last_job = JobOf(seen);
-      job.RunTasks(thread);
+      job.RunTasks(thread, Job::kFromFirst);
       job.state.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -164,7 +173,7 @@ void ThreadPool::ParallelFor(int64_t num_tasks, TaskRef f) {
     { std::lock_guard lock(impl.mutex); }
     impl.wake.notify_all();
   }
-  impl.job.RunTasks(0);
+  impl.job.RunTasks(0, Impl::Job::kFromFirst);
   impl.job.state.fetch_and(~kOpen, std::memory_order_acq_rel);
   SpinUntil(
       [&] {
@@ -183,7 +192,7 @@ void ThreadPool::ParallelForInside(int thread, int64_t num_tasks, TaskRef f) {
   job.Set(f, num_tasks);
   job.state.fetch_add(kOpen, std::memory_order_release);
   impl_->num_inner_jobs.fetch_add(1, std::memory_order_relaxed);
-  job.RunTasks(thread);
+  job.RunTasks(thread, Impl::Job::kFromFirst);
   impl_->num_inner_jobs.fetch_sub(1, std::memory_order_relaxed);
   job.state.fetch_sub(kOpen, std::memory_order_acq_rel);
   SpinUntil([&] { return job.IsEmpty(); }, Clock::duration::max());

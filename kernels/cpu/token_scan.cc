@@ -224,6 +224,27 @@ void KeepAtLeastTarget(const float* values, float at_least, int64_t num_blocks, 
   }
 }
 
+// Whether a token is kept is as good as random: no branches.
+double KeepWeightsTarget(const float* weights, float at_least, const TokenMask* masks,
+                         int64_t num_blocks, TokenMask* kept) {
+  const DF d;
+  const DI di;
+  const VF limit = hn::Set(d, at_least);
+  DoubleSum sum;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const uint32_t mask = masks[block];
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kBlockTokens; lane += kLanes) {
+      const VF x = hn::LoadU(d, weights + block * kBlockTokens + lane);
+      const MI lanes = hn::And(LanesOf(mask >> lane), hn::RebindMask(di, hn::Ge(x, limit)));
+      sum.Add(hn::IfThenElseZero(hn::RebindMask(d, lanes), x));
+      bits |= BitsOf(lanes) << lane;
+    }
+    kept[block] = static_cast<TokenMask>(bits);
+  }
+  return sum.Total();
+}
+
 KeyRange GatherKeysTarget(const float* values, const TokenMask* masks, int64_t num_blocks,
                           int32_t* HWY_RESTRICT keys) {
   const DI di;
@@ -251,6 +272,20 @@ int64_t GatherWeightsTarget(const float* weights, int32_t lowest, const TokenMas
     const VI key = hn::BitCast(di, hn::LoadU(DF(), weights + at));
     count += StoreCompressed(key, hn::And(lanes, hn::Gt(key, below)), keys + count);
   });
+  return count;
+}
+
+// Eight positions are stored whatever the mask: where tokens are is as good as random.
+int64_t ListTokensTarget(const TokenMask* masks, int64_t num_blocks, int32_t* HWY_RESTRICT tokens) {
+  int64_t count = 0;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    for (int half = 0; half < kBlockTokens; half += 8) {
+      const uint32_t bits = masks[block] >> half & 0xff;
+      const auto first = static_cast<int32_t>(block * kBlockTokens + half);
+      for (int i = 0; i < 8; ++i) tokens[count + i] = first + kSetBits.rows[bits][i];
+      count += std::popcount(bits);
+    }
+  }
   return count;
 }
 
@@ -409,6 +444,8 @@ HWY_EXPORT(MaxOfTarget);
 HWY_EXPORT(ExpWeightsTarget);
 HWY_EXPORT(SumOfTarget);
 HWY_EXPORT(KeepAtLeastTarget);
+HWY_EXPORT(KeepWeightsTarget);
+HWY_EXPORT(ListTokensTarget);
 HWY_EXPORT(CountOfTarget);
 HWY_EXPORT(GroupBlocksTarget);
 HWY_EXPORT(KeepGroupedBlocksTarget);
@@ -451,6 +488,15 @@ double SumOf(const float* values, const TokenMask* masks, int64_t num_blocks) {
 
 void KeepAtLeast(const float* values, float at_least, int64_t num_blocks, TokenMask* masks) {
   HWY_DYNAMIC_DISPATCH(KeepAtLeastTarget)(values, at_least, num_blocks, masks);
+}
+
+double KeepWeights(const float* weights, float at_least, const TokenMask* masks, int64_t num_blocks,
+                   TokenMask* kept) {
+  return HWY_DYNAMIC_DISPATCH(KeepWeightsTarget)(weights, at_least, masks, num_blocks, kept);
+}
+
+int64_t ListTokens(const TokenMask* masks, int64_t num_blocks, int32_t* tokens) {
+  return HWY_DYNAMIC_DISPATCH(ListTokensTarget)(masks, num_blocks, tokens);
 }
 
 int64_t CountOf(const TokenMask* masks, int64_t num_blocks) {

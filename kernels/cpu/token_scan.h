@@ -25,6 +25,14 @@ double SumOf(const float* values, const TokenMask* masks, int64_t num_blocks);
 // Clears the bits of tokens whose value is below `at_least`; NaN is.
 void KeepAtLeast(const float* values, float at_least, int64_t num_blocks, TokenMask* masks);
 
+// kept := the tokens that weigh `at_least`, which is above 0, or more. Returns the sum of their
+// weights. Weights are 0 or more, and 0 for tokens that do not count.
+double KeepWeights(const float* weights, float at_least, const TokenMask* masks, int64_t num_blocks,
+                   TokenMask* kept);
+
+// Lists the tokens, ascending; `tokens` has room for eight more. Returns their number.
+int64_t ListTokens(const TokenMask* masks, int64_t num_blocks, int32_t* tokens);
+
 // Sum of CountTokens.
 int64_t CountOf(const TokenMask* masks, int64_t num_blocks);
 
