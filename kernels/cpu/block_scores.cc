@@ -139,12 +139,18 @@ void ScoreBlocksOf(const BlockScores& work) {
       queries[head].of_max[c] = q * (q < 0 ? far : near);
     }
   }
+  // The blocks behind the last one are likely this thread's next.
+  int64_t fetched = work.begin_block;
+  const auto fetch_until = [&](int64_t block) {
+    for (; fetched < std::min(block, work.keys.num_blocks); ++fetched) {
+      PrefetchRange(work.keys.Ranges(fetched), range_bytes);
+    }
+  };
+  fetch_until(work.begin_block + kPrefetchBlocks);
   int64_t tile[kBlockTile];
   int count = 0;
   for (int64_t block = work.begin_block; block < end; ++block) {
-    if (block + kPrefetchBlocks < end) {
-      PrefetchRange(work.keys.Ranges(block + kPrefetchBlocks), range_bytes);
-    }
+    fetch_until(block + kPrefetchBlocks + 1);
     if (!HasCandidate(work.masks, work.num_heads, work.keys.num_blocks, block)) continue;
     tile[count++] = block;
     if (count < kBlockTile) continue;

@@ -45,11 +45,16 @@ SidecarKind MirrorKindOf(EstimatorType type) {
 
 void Estimate(const EstimateParams& params) {
   CheckKeys(params.keys, params.num_heads, params.head_dim);
-  const EstimateCall call = {
-      &params.keys,       params.queries,
-      params.num_heads,   params.head_dim,
-      params.masks,       params.logits,
-      params.begin_block, std::min(params.end_block, params.keys.num_blocks)};
+  const EstimateCall call = {.keys = &params.keys,
+                             .queries = params.queries,
+                             .num_heads = params.num_heads,
+                             .channels = params.head_dim,
+                             .masks = params.masks,
+                             .logits = params.logits,
+                             .begin_block = params.begin_block,
+                             .end_block = std::min(params.end_block, params.keys.num_blocks),
+                             .fetch_means = params.fetch_means,
+                             .largest_logits = params.largest_logits};
   if (params.estimator.type == EstimatorType::kNone) {
     EstimateFromKeys(call);
     return;
@@ -78,8 +83,13 @@ void EstimateFromLabels(const EstimateFromLabelsParams& params) {
     for (int i = 0; i < num_labels; ++i) gathered[i] = query[channels[i]];
     std::fill(gathered + num_labels, gathered + padded, 0.0f);
   }
-  const EstimateCall call = {&params.keys,  queries, params.num_heads,      padded, params.masks,
-                             params.logits, 0,       params.keys.num_blocks};
+  const EstimateCall call = {.keys = &params.keys,
+                             .queries = queries,
+                             .num_heads = params.num_heads,
+                             .channels = padded,
+                             .masks = params.masks,
+                             .logits = params.logits,
+                             .end_block = params.keys.num_blocks};
   const Mirror mirror = {SidecarKind::kLabels, bits, NumQuantRows(num_labels, bits)};
   EstimateFromMirror(call, mirror);
 }

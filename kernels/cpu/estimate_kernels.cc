@@ -17,6 +17,7 @@
 #include <cstring>
 
 #include "kernels/cpu/bf16.h"
+#include "kernels/cpu/candidate_blocks.h"
 #include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/quant_rows.h"
 #include "kernels/estimate.h"
@@ -28,6 +29,7 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/estimate_kernels.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+#include "kernels/cpu/likely_tokens-inl.h"
 
 #ifndef GLOAM_ESTIMATE_ONCE
 #define GLOAM_ESTIMATE_ONCE
@@ -36,67 +38,12 @@ namespace gloam::cpu {
 // Query heads that are computed together: their sums fit the registers.
 constexpr int kTileHeads = 4;
 
-// Blocks are computed in batches: a block is a chain of dependent steps (ranges, scales, weights,
-// products), and the steps of several blocks fill each other's gaps.
-constexpr int kBatchBlocks = 4;
-
-// Candidates ahead whose blocks are fetched: their ids are random, nothing else foresees them.
-constexpr int kPrefetchBlocks = 2 * kBatchBlocks;
-
 // Integer weights of up to kTileHeads heads.
 struct IntegerWeights {
   alignas(64) int8_t planes[kTileHeads][2][kMaxSidecarHeadDim];  // m, or m / 128 and the rest
   alignas(16) float scales[kTileHeads];
   alignas(16) float constants[kTileHeads];
 };
-
-// Walks over the blocks in which some head has a candidate.
-class CandidateBlocks {
- public:
-  explicit CandidateBlocks(const EstimateCall& call)
-      : masks_(call.masks),
-        num_heads_(call.num_heads),
-        num_blocks_(call.keys->num_blocks),
-        next_(call.begin_block),
-        end_(call.end_block) {}
-
-  // The next one, or -1.
-  int64_t Next() {
-    for (; next_ < end_; ++next_) {
-      if (HasCandidate(masks_, num_heads_, num_blocks_, next_)) return next_++;
-    }
-    return -1;
-  }
-
- private:
-  const TokenMask* masks_;
-  const int num_heads_;
-  const int64_t num_blocks_;
-  int64_t next_;
-  const int64_t end_;
-};
-
-// Calls compute(blocks, count, fetch) for batches of candidate blocks. compute() calls fetch() once
-// per block, between other work: prefetches that come in a crowd hold everything else up.
-template <typename Prefetch, typename Compute>
-void ForCandidates(const EstimateCall& call, const Prefetch& prefetch, const Compute& compute) {
-  CandidateBlocks blocks(call), ahead(call);
-  const auto fetch = [&] {
-    const int64_t i = ahead.Next();
-    if (i >= 0) prefetch(i);
-  };
-  for (int i = 0; i < kPrefetchBlocks; ++i) fetch();
-  int64_t batch[kBatchBlocks];
-  int count = 0;
-  for (int64_t i = blocks.Next(); i >= 0; i = blocks.Next()) {
-    batch[count++] = i;
-    if (count == kBatchBlocks) {
-      compute(batch, count, fetch);
-      count = 0;
-    }
-  }
-  if (count > 0) compute(batch, count, fetch);
-}
 
 inline std::atomic<bool> estimate_vnni_disabled{false};
 
@@ -553,6 +500,51 @@ HWY_INLINE void MultiplyRows(const std::byte* quants, int num_rows, const Intege
   }
 }
 
+// The same for few heads at four bits where two strips make a block: weights are loaded once for
+// both, and their sums fit the registers side by side.
+template <typename DotT, int kHeads, typename Store>
+HWY_INLINE void MultiplyNibbles(const std::byte* quants, int num_rows,
+                                const IntegerWeights& weights, const Store& store) {
+  constexpr int kRowsPerTotal = kQuadsPerTotal / 2;
+  const VU mask = hn::Set(du, 0x0f0f0f0fu);
+  const auto* rows = reinterpret_cast<const uint32_t*>(quants);
+  VI totals[kHeads][2];
+  HWY_UNROLL(4)
+  for (int h = 0; h < kHeads; ++h) totals[h][0] = totals[h][1] = hn::Zero(di);
+  for (int first = 0; first < num_rows; first += kRowsPerTotal) {
+    VI sums[kHeads][2];
+    HWY_UNROLL(4)
+    for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = hn::Zero(di);
+    for (int row = first; row < std::min(first + kRowsPerTotal, num_rows); ++row) {
+      VU fields[2];
+      HWY_UNROLL(2)
+      for (int s = 0; s < 2; ++s) fields[s] = hn::Load(du, rows + row * kBlockTokens + s * kLanes);
+      HWY_UNROLL(2)
+      for (int f = 0; f < 2; ++f) {
+        const int channel = row * QuantRowChannels(4) + 4 * f;
+        HWY_UNROLL(4)
+        for (int h = 0; h < kHeads; ++h) {
+          HWY_UNROLL(2)
+          for (int s = 0; s < 2; ++s) {
+            const VU quads = hn::And(f == 0 ? fields[s] : hn::ShiftRight<4>(fields[s]), mask);
+            sums[h][s] = DotT::MulAdd(sums[h][s], quads, weights.planes[h][0] + channel);
+          }
+        }
+      }
+    }
+    HWY_UNROLL(4)
+    for (int h = 0; h < kHeads; ++h) {
+      HWY_UNROLL(2)
+      for (int s = 0; s < 2; ++s) totals[h][s] = hn::Add(totals[h][s], DotT::Total(sums[h][s]));
+    }
+  }
+  HWY_UNROLL(4)
+  for (int h = 0; h < kHeads; ++h) {
+    HWY_UNROLL(2)
+    for (int s = 0; s < 2; ++s) store(h, s, hn::ConvertTo(df, totals[h][s]));
+  }
+}
+
 // Calls f(first_head, std::integral_constant<int, heads>) for tiles of up to kTileHeads heads.
 template <typename F>
 void ForHeadTiles(int num_heads, const F& f) {
@@ -596,32 +588,57 @@ void EstimateBlockQuant(const EstimateCall& call, const Mirror& mirror) {
   const auto quants_of = [&](int64_t i) {
     return keys.sidecars.At(SidecarKind::kBlockQuant, keys.block_table[i], keys.kv_head);
   };
-  const auto prefetch = [&](int64_t i) {
+  const auto means_of = [&](int64_t i) {
+    return keys.sidecars.At(SidecarKind::kMeanValues, keys.block_table[i], keys.kv_head);
+  };
+  // What is fetched of a block, in parts.
+  const int64_t half_bytes = int64_t{(num_rows + 1) / 2} * kQuantRowBytes;
+  const auto fetch_ranges = [&](int64_t i) {
+    if (i < 0) return;
     PrefetchRange(keys.Ranges(i), range_bytes);
-    PrefetchRange(quants_of(i), int64_t{num_rows} * kQuantRowBytes);
+    if (call.fetch_means) PrefetchRange(means_of(i), channels * int64_t{sizeof(T)});
+  };
+  const auto fetch_quants = [&](int64_t i, int half) {
+    if (i >= 0) PrefetchRange(quants_of(i) + half * half_bytes, half_bytes);
+  };
+  const auto prefetch = [&](int64_t i) {
+    fetch_ranges(i);
+    fetch_quants(i, 0);
+    fetch_quants(i, 1);
   };
   BlockBatch batch;
-  ForCandidates(call, prefetch, [&](const int64_t* blocks, int count, const auto& fetch) HWY_ATTR {
-    for (int b = 0; b < count; ++b) {
-      LoadRanges<T>(keys.Ranges(blocks[b]), channels, kBits, batch.steps[b], batch.mids[b]);
-    }
-    ForHeadTiles(call.num_heads, [&](int head, auto heads) HWY_ATTR {
-      const float* queries = call.queries + head * channels;
-      for (int b = 0; b < count; ++b) {
-        SumWeights<heads>(queries, channels, batch.steps[b], batch.mids[b], batch.sums[b]);
-      }
-      for (int b = 0; b < count; ++b) {
-        if (head == 0) fetch();
-        RoundWeights<heads, kPlanes>(queries, channels, batch.steps[b], batch.sums[b],
-                                     CentreOf(kBits), batch.weights[b]);
-      }
-      for (int b = 0; b < count; ++b) {
-        float* logits = call.logits + head * stride + blocks[b] * kBlockTokens;
-        MultiplyRows<DotT, kBits, kPlanes, heads>(quants_of(blocks[b]), num_rows, batch.weights[b],
-                                                  StoreLogits{&batch.weights[b], logits, stride});
-      }
-    });
-  });
+  LikelyTokens likely(call);
+  ForCandidates(
+      call, prefetch, [&](const int64_t* blocks, int count, const int64_t* ahead) HWY_ATTR {
+        for (int b = 0; b < count; ++b) {
+          likely.Fetch();
+          LoadRanges<T>(keys.Ranges(blocks[b]), channels, kBits, batch.steps[b], batch.mids[b]);
+        }
+        ForHeadTiles(call.num_heads, [&](int head, auto heads) HWY_ATTR {
+          const float* queries = call.queries + head * channels;
+          for (int b = 0; b < count; ++b) {
+            if (head == 0) fetch_ranges(ahead[b]);
+            SumWeights<heads>(queries, channels, batch.steps[b], batch.mids[b], batch.sums[b]);
+          }
+          for (int b = 0; b < count; ++b) {
+            if (head == 0) fetch_quants(ahead[b], 0);
+            RoundWeights<heads, kPlanes>(queries, channels, batch.steps[b], batch.sums[b],
+                                         CentreOf(kBits), batch.weights[b]);
+          }
+          for (int b = 0; b < count; ++b) {
+            if (head == 0) fetch_quants(ahead[b], 1);
+            float* logits = call.logits + head * stride + blocks[b] * kBlockTokens;
+            const StoreLogits store = {&batch.weights[b], logits, stride};
+            if constexpr (kBits == 4 && kStrips == 2 && heads <= 3) {
+              MultiplyNibbles<DotT, heads>(quants_of(blocks[b]), num_rows, batch.weights[b], store);
+            } else {
+              MultiplyRows<DotT, kBits, kPlanes, heads>(quants_of(blocks[b]), num_rows,
+                                                        batch.weights[b], store);
+            }
+          }
+        });
+        likely.Find(blocks, count);
+      });
 }
 
 // Per-token mirrors: the weights are the queries, the same for all blocks.
@@ -677,12 +694,13 @@ void EstimateTokenQuant(const EstimateCall& call, const Mirror& mirror) {
                                                 tile.weights, store);
     });
   };
-  ForCandidates(call, prefetch, [&](const int64_t* blocks, int count, const auto& fetch) HWY_ATTR {
-    for (int b = 0; b < count; ++b) {
-      fetch();
-      compute(blocks[b]);
-    }
-  });
+  ForCandidates(call, prefetch,
+                [&](const int64_t* blocks, int count, const int64_t* ahead) HWY_ATTR {
+                  for (int b = 0; b < count; ++b) {
+                    if (ahead[b] >= 0) prefetch(ahead[b]);
+                    compute(blocks[b]);
+                  }
+                });
 }
 
 // Four tokens of kHeads heads at a time; lanes are channels.
@@ -738,16 +756,17 @@ void EstimateExactly(const EstimateCall& call) {
     PrefetchRange(reinterpret_cast<const std::byte*>(keys_of(i)),
                   keys.kv.layout.head_run_elements() * int64_t{sizeof(T)});
   };
-  ForCandidates(call, prefetch, [&](const int64_t* blocks, int count, const auto& fetch) HWY_ATTR {
-    ForHeadTiles(call.num_heads, [&](int head, auto heads) HWY_ATTR {
-      for (int b = 0; b < count; ++b) {
-        if (head == 0) fetch();
-        ExactLogits<heads, T>(call.queries + head * call.channels, keys_of(blocks[b]),
-                              call.channels, call.logits + head * stride + blocks[b] * kBlockTokens,
-                              stride);
-      }
-    });
-  });
+  ForCandidates(
+      call, prefetch, [&](const int64_t* blocks, int count, const int64_t* ahead) HWY_ATTR {
+        ForHeadTiles(call.num_heads, [&](int head, auto heads) HWY_ATTR {
+          for (int b = 0; b < count; ++b) {
+            if (head == 0 && ahead[b] >= 0) prefetch(ahead[b]);
+            ExactLogits<heads, T>(call.queries + head * call.channels, keys_of(blocks[b]),
+                                  call.channels,
+                                  call.logits + head * stride + blocks[b] * kBlockTokens, stride);
+          }
+        });
+      });
 }
 
 // ---- Dispatch --------------------------------------------------------------------------------

@@ -42,13 +42,11 @@ double AddTopP(const PruneParams& params, double base, double total) {
   const auto keep = [&](float at_least) {
     return KeepWeights(params.weights, at_least, choices.data(), params.num_blocks, params.kept);
   };
-  double mass = 0;
-  if (params.pruner.keep_weight > 0) {
-    mass = keep(static_cast<float>(params.pruner.keep_weight * total));
-  } else {
-    std::fill_n(params.kept, params.num_blocks, kNoTokens);
-  }
-  // For most heads that is enough. Else what is missing is below the weights kept so far.
+  float at_least = params.pruner.keep_weight > 0
+                       ? static_cast<float>(params.pruner.keep_weight * total)
+                       : std::numeric_limits<float>::infinity();
+  const double mass = keep(at_least);
+  // For most heads keep_weight is enough. Else what is missing is below what is kept so far.
   const double share = params.pruner.threshold;
   const double missing = share * total - base - mass;
   if (missing <= 0) return mass;
@@ -62,8 +60,9 @@ double AddTopP(const PruneParams& params, double base, double total) {
   KeyBuffers& buffers = ThreadKeyBuffers(most);
   const KeyRange keys = GatherWeights(params.weights, std::max(negligible, FLT_MIN), params.kept,
                                       params.num_blocks, buffers);
-  GLOAM_CHECK(keys.count > 0);
-  return keep(ValueOfKey(CutByMass(buffers, keys, missing).key));
+  // Without any, everything is kept and rounding alone has left something missing.
+  if (keys.count > 0) at_least = ValueOfKey(CutByMass(buffers, keys, missing).key);
+  return keep(at_least);
 }
 
 // Adds the largest weights until min_tokens are kept. Returns whether any were missing.
@@ -97,7 +96,7 @@ PruneResult Prune(const PruneParams& params) {
   result.total_mass =
       ExpWeights(params.logits, params.candidates, num_blocks, max, params.weights) + open_mass;
 
-  result.kept_mass = -1;  // not known yet
+  bool knows_kept_mass = false;
   switch (params.pruner.type) {
     case PrunerType::kTopP:
       if (params.pruner.threshold < 1) {
@@ -106,6 +105,7 @@ PruneResult Prune(const PruneParams& params) {
                                   : SumOf(params.weights, params.always_kept, num_blocks);
         const double base = open_mass + always;
         result.kept_mass = base + AddTopP(params, base, result.total_mass);
+        knows_kept_mass = true;
         break;
       }
       [[fallthrough]];
@@ -120,7 +120,7 @@ PruneResult Prune(const PruneParams& params) {
   if (params.always_kept != nullptr) {
     for (int64_t i = 0; i < num_blocks; ++i) params.kept[i] |= AlwaysKept(params, i);
   }
-  if (FillUp(params) || result.kept_mass < 0) {
+  if (FillUp(params) || !knows_kept_mass) {
     result.kept_mass = SumOf(params.weights, params.kept, num_blocks) + open_mass;
   }
   result.num_kept = CountOf(params.kept, num_blocks);

@@ -15,6 +15,7 @@
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/sparse_tail.h"
+#include "kernels/cpu/token_scan.h"
 #include "kernels/estimate.h"
 #include "kernels/prune.h"
 
@@ -48,6 +49,7 @@ struct TaskMemory {
   float* weights = nullptr;          // [heads][tokens]
   TokenMask* open_masks = nullptr;   // [heads]
   float* open_logits = nullptr;      // [heads][16]
+  float* largest_logits = nullptr;   // [heads] so far
   float* masses = nullptr;           // [heads][blocks]
   int32_t* tail_blocks = nullptr;    // [blocks]
   int32_t* tokens = nullptr;         // [tokens + 16] to attend to
@@ -77,6 +79,7 @@ struct TaskMemory {
     weights = carver.Take<float>(heads * shape.num_tokens());
     open_masks = carver.Take<TokenMask>(heads);
     open_logits = carver.Take<float>(heads * kBlockTokens);
+    largest_logits = carver.Take<float>(heads);
     masses = carver.Take<float>(heads * shape.num_blocks);
     tail_blocks = carver.Take<int32_t>(shape.num_blocks);
     tokens = carver.Take<int32_t>(shape.num_tokens() + kBlockTokens);
@@ -317,7 +320,10 @@ void HeadTask::Select(SelectionMemory& selections, size_t slot) {
   }
   if (SharesCandidates()) {
     UniteHeads(memory_.masks);
+    AddTokens(memory_.always_kept, num_blocks_, memory_.loaded);
     GiveToHeads(memory_.masks);
+    num_candidates_ = num_heads_ * CountTokens(memory_.loaded, num_blocks_);
+    return;
   }
   for (int head = 0; head < num_heads_; ++head) {
     TokenMask* masks = MasksOf(memory_.masks, head);
@@ -331,16 +337,23 @@ void HeadTask::DropOtherBlocks() {
   if (policy_.tail != TailType::kNone && policy_.tail_block != kBlockTokens) return;
   int64_t count = 0;
   int32_t* table = memory_.block_table;
-  UniteHeads(memory_.masks);
+  if (!SharesCandidates()) UniteHeads(memory_.masks);  // else Select has
   for (int64_t block = 0; block < num_blocks_; ++block) {
     table[count] = static_cast<int32_t>(block);
     count += memory_.loaded[block] != kNoTokens;
   }
   if (count == num_blocks_) return;
-  for (int head = 0; head < num_heads_; ++head) {
-    const TokenMask* from = MasksOf(memory_.masks, head);
-    TokenMask* to = memory_.masks + head * count;  // never behind what is still to be read
-    for (int64_t i = 0; i < count; ++i) to[i] = from[table[i]];
+  if (SharesCandidates()) {
+    for (int64_t i = 0; i < count; ++i) memory_.loaded[i] = memory_.loaded[table[i]];
+    for (int head = 0; head < num_heads_; ++head) {
+      std::copy_n(memory_.loaded, count, memory_.masks + head * count);
+    }
+  } else {
+    for (int head = 0; head < num_heads_; ++head) {
+      const TokenMask* from = MasksOf(memory_.masks, head);
+      TokenMask* to = memory_.masks + head * count;  // never behind what is still to be read
+      for (int64_t i = 0; i < count; ++i) to[i] = from[table[i]];
+    }
   }
   for (int64_t i = 0; i < count; ++i) memory_.always_kept[i] = memory_.always_kept[table[i]];
   for (int64_t i = 0; i < count; ++i) table[i] = context_.block_table[table[i]];
@@ -350,6 +363,13 @@ void HeadTask::DropOtherBlocks() {
 }
 
 void HeadTask::EstimateLogits() {
+  ComputeOpenLogits();
+  for (int head = 0; head < num_heads_; ++head) {
+    const float* open = memory_.open_logits + head * kBlockTokens;
+    memory_.largest_logits[head] = *std::max_element(open, open + num_open_);
+  }
+  // An estimate without pruning keeps everything.
+  const bool keeps_few = policy_.pruner.type != PrunerType::kNone;
   loop_.ForPieces(num_blocks_, kEstimatedBlocksPerPiece, [&](int64_t begin, int64_t end) {
     Estimate({.estimator = policy_.estimator,
               .keys = keys_,
@@ -359,9 +379,10 @@ void HeadTask::EstimateLogits() {
               .masks = memory_.masks,
               .logits = memory_.logits,
               .begin_block = begin,
-              .end_block = end});
+              .end_block = end,
+              .fetch_means = policy_.tail == TailType::kBlockMean,
+              .largest_logits = keeps_few ? memory_.largest_logits : nullptr});
   });
-  ComputeOpenLogits();
 }
 
 // Exact logits of the open block, and of nothing else.
@@ -439,12 +460,7 @@ void HeadTask::NoteMasks(int64_t i) {
 }
 
 void HeadTask::ListTokens() {
-  for (int64_t block = 0; block < num_blocks_; ++block) {
-    for (uint32_t left = memory_.loaded[block]; left != 0; left &= left - 1) {
-      memory_.tokens[num_tokens_++] =
-          static_cast<int32_t>(block * kBlockTokens + std::countr_zero(left));
-    }
-  }
+  num_tokens_ = cpu::ListTokens(memory_.loaded, num_blocks_, memory_.tokens);
   for (int i = 0; i < num_open_; ++i) {
     memory_.tokens[num_tokens_++] = static_cast<int32_t>(num_blocks_ * kBlockTokens + i);
   }
@@ -496,7 +512,6 @@ void HeadTask::SumTail() {
                            .num_heads = num_heads_,
                            .head_dim = head_dim_,
                            .weights = memory_.weights,
-                           .candidates = memory_.masks,
                            .kept = memory_.kept,
                            .masses = memory_.masses,
                            .listed = memory_.tail_blocks};
