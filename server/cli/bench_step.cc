@@ -9,11 +9,10 @@
 
 #include "engine/kv_cache_pool.h"
 #include "engine/model_runner.h"
-#include "models/catalog.h"
 #include "models/llama.h"
-#include "models/random_model_file.h"
 #include "nlohmann/json.hpp"
 #include "server/cli/backend.h"
+#include "server/cli/bench_model.h"
 #include "server/cli/cli.h"
 
 namespace gloam {
@@ -24,25 +23,6 @@ using json = nlohmann::ordered_json;
 
 constexpr int kWarmUpSteps = 4;                     // the first loads kernels, the second records
 constexpr int64_t kMarginBytes = int64_t{2} << 30;  // for recorded steps and the rest of the device
-
-double Median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
-StatusOr<std::unique_ptr<Model>> LoadBenchModel(const BenchStepOptions& options, Ops& ops) {
-  std::unique_ptr<ModelFile> file;
-  if (!options.random_weights.empty()) {
-    GLOAM_ASSIGN_OR_RETURN(
-        file, RandomModelFile::Create(options.random_weights, options.random_weight_type));
-  } else if (options.model.empty()) {
-    return InvalidArgument("a MODEL or --random-weights is needed");
-  } else {
-    GLOAM_ASSIGN_OR_RETURN(const ResolvedModel resolved, ResolveModel(options.model));
-    GLOAM_ASSIGN_OR_RETURN(file, ModelFile::Open(resolved.path));
-  }
-  return Llama::Load(*file, ops, {});
-}
 
 // Weights of the layers' matrices: what every token is multiplied with, the head aside.
 double LayerWeights(const ModelConfig& c) {
@@ -111,16 +91,17 @@ class StepBench {
             {"read_gigabytes_per_second", read_rate_ / 1e9},
             {"load_seconds", load_seconds_},
             {"kv_blocks", kv_plan_.num_blocks},
-            {"batch_invariant", options_.settings.batch_invariant}};
+            {"batch_invariant", options_.model.settings.batch_invariant}};
   }
 
  private:
   explicit StepBench(const BenchStepOptions& options) : options_(options) {}
 
   Status SetUp() {
-    GLOAM_ASSIGN_OR_RETURN(ops_, MakeBackend(options_.settings));
+    GLOAM_ASSIGN_OR_RETURN(ops_, MakeBackend(options_.model.settings));
     const auto start = Clock::now();
-    GLOAM_ASSIGN_OR_RETURN(model_, LoadBenchModel(options_, *ops_));
+    GLOAM_ASSIGN_OR_RETURN(const auto file, OpenBenchModel(options_.model));
+    GLOAM_ASSIGN_OR_RETURN(model_, Llama::Load(*file, *ops_, {}));
     load_seconds_ = std::chrono::duration<double>(Clock::now() - start).count();
     read_rate_ = ops_->MeasureReadRate();
 
@@ -129,14 +110,14 @@ class StepBench {
     const int num_new_tokens = kWarmUpSteps + options_.steps + 1;
     limits_ = {.max_num_seqs = max_batch,
                .max_num_batched_tokens =
-                   std::max(max_batch, MaxBatchedTokens(options_.settings, ops_->device())),
+                   std::max(max_batch, MaxBatchedTokens(options_.model.settings, ops_->device())),
                .max_model_len = max_context + num_new_tokens};
     GLOAM_ASSIGN_OR_RETURN(ModelRunner runner, ModelRunner::Create(limits_, *ops_, *model_));
     runner_ = std::make_unique<ModelRunner>(std::move(runner));
 
     // No more of the cache than the largest cell that fits needs.
     const ModelConfig& config = model_->config();
-    kv_plan_.layout = {.dtype = KvDTypeOf(options_.settings, config),
+    kv_plan_.layout = {.dtype = KvDTypeOf(options_.model.settings, config),
                        .num_kv_heads = config.num_kv_heads,
                        .head_dim = config.head_dim};
     kv_plan_.bytes_per_block = config.num_layers * kv_plan_.layout.block_bytes();

@@ -119,12 +119,17 @@ struct BenchAttentionOptions {
 };
 int RunBenchAttention(const BenchAttentionOptions& options);
 
-// A step of the engine on random tokens, without requests: decode steps or whole prompts.
-struct BenchStepOptions {
+// The model that parts of a step are measured on.
+struct BenchModelOptions {
   ServeOptions settings;
-  std::string model;                        // or random_weights
+  std::string name;                         // or random_weights
   std::string random_weights;               // a shape's name (models/random_model_file.h), or empty
   std::string random_weight_type = "bf16";  // or q4_0, q8_0
+};
+
+// A step of the engine on random tokens, without requests: decode steps or whole prompts.
+struct BenchStepOptions {
+  BenchModelOptions model;
   bool prefill = false;
   std::vector<int> batches = {1};
   std::vector<int> contexts;
@@ -133,6 +138,15 @@ struct BenchStepOptions {
   bool json = false;
 };
 int RunBenchStep(const BenchStepOptions& options);
+
+// The matrix products of a model, one by one.
+struct BenchGemmOptions {
+  BenchModelOptions model;
+  std::vector<int> rows = {1, 4, 16, 64, 256};
+  int repeats = 20;  // the median is reported
+  bool json = false;
+};
+int RunBenchGemm(const BenchGemmOptions& options);
 
 // Prints "gloam: MESSAGE" and returns kExitFailure.
 int Fail(const Status& status);

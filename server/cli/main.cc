@@ -267,6 +267,7 @@ class Program {
     AddBenchAttention(*bench);
     AddBenchStep(*bench, "step", "A decode step by batch and context, without requests");
     AddBenchStep(*bench, "prefill", "From a prompt to its first token, without requests");
+    AddBenchGemm(*bench);
 
     CLI::App* remote =
         bench->add_subcommand("serve", "Load a running server with streams over HTTP");
@@ -434,14 +435,8 @@ class Program {
         ->delimiter(',')
         ->capture_default_str();
     command->add_option("--sparsity-dir", o.sparsity_dir, "Folder of policies")->type_name("DIR");
-    command->add_option("--context", o.contexts, "Contexts in tokens")
-        ->delimiter(',')
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
-    command->add_option("--batch", o.batches, "Sequences that decode together")
-        ->delimiter(',')
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
+    AddCounts(command, "--context", o.contexts, "Contexts in tokens");
+    AddCounts(command, "--batch", o.batches, "Sequences that decode together");
     command->add_option("--layers", o.layers, "Layers to record (default: six, spread)")
         ->delimiter(',');
     command->add_option("--repeats", o.repeats, "Runs per layer; the median counts")
@@ -452,43 +447,63 @@ class Program {
     command->add_flag("--json", o.json, "Print rows as JSON");
   }
 
-  void AddBenchStep(CLI::App& bench, const std::string& name, const char* help) {
+  // A bench of a model's parts: `run` gets the options, whose model's settings are parsed by then.
+  template <typename Options>
+  CLI::App* AddModelBench(CLI::App& bench, const std::string& name, const char* help, Options& o,
+                          int (*run)(const Options&)) {
     CLI::App* command = bench.add_subcommand(name, help);
-    BenchStepOptions& o = bench_step_options_[name];
-    o.prefill = name == "prefill";
-    std::unique_ptr<SettingsFlags>& settings = bench_step_settings_[name];
+    std::unique_ptr<SettingsFlags>& settings = model_bench_settings_[name];
     settings = std::make_unique<SettingsFlags>(command, kLocalGroups, "");
-    auto* model = command->add_option("MODEL", o.model, "GGUF file, folder, or catalogue name");
-    command->callback([this, &o, &settings] {
-      run_ = [this, &o, &settings] {
-        return WithSettings(*settings, [&o](const ServeOptions& options) {
-          o.settings = options;
-          return WithQuietLog([&o] { return RunBenchStep(o); });
+    command->callback([this, &o, &settings, run] {
+      run_ = [this, &o, &settings, run] {
+        return WithSettings(*settings, [&o, run](const ServeOptions& options) {
+          o.model.settings = options;
+          return WithQuietLog([&o, run] { return run(o); });
         });
       };
     });
+    auto* model =
+        command->add_option("MODEL", o.model.name, "GGUF file, folder, or catalogue name");
     command
-        ->add_option("--random-weights", o.random_weights,
+        ->add_option("--random-weights", o.model.random_weights,
                      fmt::format("Instead of a model: random weights of the shape of {}",
                                  fmt::join(RandomModelFile::ShapeNames(), ", ")))
         ->excludes(model);
-    command->add_option("--random-weight-type", o.random_weight_type, "bf16, q4_0 or q8_0")
+    command->add_option("--random-weight-type", o.model.random_weight_type, "bf16, q4_0 or q8_0")
         ->capture_default_str();
-    o.contexts = {2048, 8192};
-    command->add_option("--context", o.contexts, "Contexts in tokens")
+    command->add_flag("--json", o.json, "Print one JSON object");
+    return command;
+  }
+
+  static void AddCounts(CLI::App* command, const char* name, std::vector<int>& counts,
+                        const char* help) {
+    command->add_option(name, counts, help)
         ->delimiter(',')
+        ->check(CLI::Range(1, 1 << 20))
+        ->capture_default_str();
+  }
+
+  void AddBenchStep(CLI::App& bench, const std::string& name, const char* help) {
+    BenchStepOptions& o = bench_step_options_[name];
+    o.prefill = name == "prefill";
+    o.contexts = {2048, 8192};
+    CLI::App* command = AddModelBench(bench, name, help, o, RunBenchStep);
+    AddCounts(command, "--context", o.contexts, "Contexts in tokens");
+    if (o.prefill) return;
+    AddCounts(command, "--batch", o.batches, "Sequences that decode together");
+    command->add_option("--steps", o.steps, "Steps that count; the median is reported")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
-    if (!o.prefill) {
-      command->add_option("--batch", o.batches, "Sequences that decode together")
-          ->delimiter(',')
-          ->check(CLI::PositiveNumber)
-          ->capture_default_str();
-      command->add_option("--steps", o.steps, "Steps that count; the median is reported")
-          ->check(CLI::PositiveNumber)
-          ->capture_default_str();
-    }
-    command->add_flag("--json", o.json, "Print one JSON object");
+  }
+
+  void AddBenchGemm(CLI::App& bench) {
+    BenchGemmOptions& o = bench_gemm_options_;
+    CLI::App* command =
+        AddModelBench(bench, "gemm", "Matrix products of a model, one by one", o, RunBenchGemm);
+    AddCounts(command, "--batch", o.rows, "Rows that are multiplied at a time");
+    command->add_option("--repeats", o.repeats, "Runs over all layers; the median is reported")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
   }
 
   CLI::App app_;
@@ -503,8 +518,9 @@ class Program {
   BenchThroughputOptions throughput_options_;
   BenchServeOptions bench_serve_options_;
   BenchAttentionOptions bench_attention_options_;
-  std::map<std::string, BenchStepOptions> bench_step_options_;                 // by subcommand
-  std::map<std::string, std::unique_ptr<SettingsFlags>> bench_step_settings_;  // likewise
+  BenchGemmOptions bench_gemm_options_;
+  std::map<std::string, BenchStepOptions> bench_step_options_;                  // by subcommand
+  std::map<std::string, std::unique_ptr<SettingsFlags>> model_bench_settings_;  // likewise
   std::string name_;
   bool list_tensors_ = false;
 };
