@@ -78,12 +78,15 @@ StatusOr<AttentionProfile> RecordProfile(Model& model, ProfilingOps& ops,
   std::iota(sequence.table.blocks.begin(), sequence.table.blocks.end(), 0);
   while (sequence.num_pending() > 0) {
     StepPlan step;
-    // The last step is exactly the tokens whose queries are kept.
+    // The last step is exactly the tokens whose queries are kept. It asks for logits: without, the
+    // last layer would not attend.
     const int before_queries = sequence.num_pending() - options.num_queries;
-    step.num_tokens =
-        before_queries > 0 ? std::min(kChunkTokens, before_queries) : options.num_queries;
-    if (before_queries <= 0) ops.Begin(config.num_layers, options.num_queries);
-    step.sequences.push_back({.sequence = &sequence, .num_tokens = step.num_tokens});
+    const bool is_last = before_queries <= 0;
+    step.num_tokens = is_last ? options.num_queries : std::min(kChunkTokens, before_queries);
+    step.num_sample_rows = is_last ? 1 : 0;
+    if (is_last) ops.Begin(config.num_layers, options.num_queries);
+    step.sequences.push_back(
+        {.sequence = &sequence, .num_tokens = step.num_tokens, .samples = is_last});
     runner.Forward(step);
     sequence.num_computed += step.num_tokens;
   }
@@ -91,6 +94,8 @@ StatusOr<AttentionProfile> RecordProfile(Model& model, ProfilingOps& ops,
     AttentionProfile::Layer kept;
     kept.layer = layer;
     kept.queries = ops.queries(layer);
+    GLOAM_CHECK(static_cast<int64_t>(kept.queries.size()) ==
+                int64_t{options.num_queries} * config.num_heads * config.head_dim);
     const auto* data = static_cast<const std::byte*>(pool.layers()[layer].data);
     kept.kv_cache.assign(data, data + plan.num_blocks * plan.layout.block_bytes());
     profile.layers.push_back(std::move(kept));
