@@ -66,7 +66,7 @@ struct StagedBuffer {
 struct ActivationDTypes {
   DType residual = DType::kF32;  // hidden states
   DType input = DType::kF32;     // what matrix products read: normed, attended, gate and up
-  DType qkv = DType::kF32;       // Q, K and V as the product gives them
+  DType qkv = DType::kF32;       // Q, K and V to be rotated as a product gives them
 };
 
 // The largest step that a backend's own scratch memory has to serve.

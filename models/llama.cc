@@ -39,6 +39,9 @@ Status Llama::Reserve(int max_tokens, int max_logit_rows) {
   const ActivationDTypes dtypes = ops_.activation_dtypes();
   // Two-byte types are told apart when the cache's type is known, in the forward pass.
   const DType query_dtype = ops_.QueryDType(DType::kBF16);
+  // A bias may be far larger than the sums, and what a norm scales should not be rounded before.
+  const bool is_adjusted = c.qk_norm || weights_.layers.front().qkv.bias.data() != nullptr;
+  const DType qkv_dtype = is_adjusted ? DType::kF32 : dtypes.qkv;
   const int64_t q_dim = int64_t{c.num_heads} * c.head_dim;
   // A token's logits may be asked for twice, so there may be more of them than tokens.
   const int max_rows = std::max(max_tokens, max_logit_rows);
@@ -50,8 +53,8 @@ Status Llama::Reserve(int max_tokens, int max_logit_rows) {
   const Piece pieces[] = {
       {&Activations::hidden, dtypes.residual, max_tokens, c.hidden_size},
       {&Activations::normed, dtypes.input, max_rows, c.hidden_size},
-      {&Activations::qkv, dtypes.qkv, max_tokens, q_dim + int64_t{2} * c.num_kv_heads * c.head_dim},
-      {&Activations::query, query_dtype, dtypes.qkv == query_dtype ? 0 : max_tokens, q_dim},
+      {&Activations::qkv, qkv_dtype, max_tokens, q_dim + int64_t{2} * c.num_kv_heads * c.head_dim},
+      {&Activations::query, query_dtype, query_dtype == DType::kF32 ? 0 : max_tokens, q_dim},
       {&Activations::attended, dtypes.input, max_tokens, q_dim},
       {&Activations::gate_up, dtypes.input, max_rows, int64_t{2} * c.intermediate_size},
       {&Activations::last, dtypes.residual, max_logit_rows, c.hidden_size},

@@ -125,7 +125,7 @@ void BenchRope(const CudaFixture& fixture, double read_rate) {
   const DeviceArray<float> table(Normal(kMaxPositions * kHeadDim / 2, 1));
   for (const DType dtype : {DType::kBF16, DType::kF8E4M3}) {
     for (const int64_t rows : {1, 16, 256, 8192}) {
-      const DeviceArray<float> qkv(Normal(rows * kQkv, 1));
+      const DeviceArray<uint16_t> qkv(RoundTo(DType::kBF16, Normal(rows * kQkv, 1)));
       const DeviceArray<uint16_t> q_out(rows * kHeads * kHeadDim);
       const KvLayout layout = {.dtype = dtype, .num_kv_heads = kKvHeads, .head_dim = kHeadDim};
       const int64_t num_blocks = rows / kBlockTokens + 1;
@@ -136,7 +136,7 @@ void BenchRope(const CudaFixture& fixture, double read_rate) {
       const DeviceArray<int32_t> device_positions(positions);
       const DeviceArray<int64_t> device_slots(slots);
       const auto heads = [&](int first, int count) {
-        TensorView view = TensorView::Contiguous(qkv.data() + first * kHeadDim, DType::kF32,
+        TensorView view = TensorView::Contiguous(qkv.data() + first * kHeadDim, DType::kBF16,
                                                  Device::kCuda, {rows, count, kHeadDim});
         view.strides[0] = kQkv;
         return view;
@@ -153,7 +153,7 @@ void BenchRope(const CudaFixture& fixture, double read_rate) {
       params.cos = params.sin = table.data();
       params.rotary_dim = kHeadDim;
       params.kv = {cache.data(), layout, num_blocks};
-      const double bytes = static_cast<double>(rows * kQkv) * 4 +
+      const double bytes = static_cast<double>(rows * kQkv) * 2 +
                            static_cast<double>(q_out.size()) * 2 +
                            static_cast<double>(rows * 2 * kKvHeads * kHeadDim) *
                                static_cast<double>(DTypeBytes(dtype));

@@ -3,8 +3,8 @@
 // outside construction, Reserve and LoadWeight, but Sample and Score, which read their results
 // back.
 //
-// Dtypes: residual fp32; inputs of products bf16; Q, K, V before RoPE fp32; rotated queries have
-// the cache's type (bf16 for an fp8 cache).
+// Dtypes: residual fp32; inputs of products bf16; Q, K, V before RoPE bf16 or fp32; rotated queries
+// have the cache's type (bf16 for an fp8 cache).
 #pragma once
 
 #include <memory>

@@ -63,7 +63,7 @@ class CudaOps final : public Ops {
   Device device() const override { return Device::kCuda; }
   std::string DeviceName() const override { return name_; }
   ActivationDTypes activation_dtypes() const override {
-    return {.residual = DType::kF32, .input = DType::kBF16, .qkv = DType::kF32};
+    return {.residual = DType::kF32, .input = DType::kBF16, .qkv = DType::kBF16};
   }
   DType QueryDType(DType kv) const override {
     return kv == DType::kF16 ? DType::kF16 : DType::kBF16;

@@ -1,6 +1,6 @@
 // Rotary position embedding and the append to the paged cache: one kernel over Q, K and V. Reads
-// 4 bytes per element of the fused QKV row and writes the cache's type: bound by memory traffic at
-// many tokens, by latency at few.
+// 2 or 4 bytes per element of the fused QKV row and writes the cache's type: bound by memory
+// traffic at many tokens, by latency at few.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -12,9 +12,9 @@
 namespace gloam::cuda {
 namespace {
 
-// Of Q, K or V: [num_tokens, heads, head_dim] fp32, strides in elements.
+// Of Q, K or V: [num_tokens, heads, head_dim] fp32 or bf16, strides in elements.
 struct HeadsIn {
-  const float* data;
+  const void* data;
   int64_t token_stride;
   int64_t head_stride;
 };
@@ -86,6 +86,26 @@ __device__ __forceinline__ Floats<kCount> Load(const float* from) {
   return values;
 }
 
+template <int kCount>
+__device__ __forceinline__ Floats<kCount> Load(const __nv_bfloat16* from) {
+  Floats<kCount> values;
+  if constexpr (kCount % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const uint2 four = *reinterpret_cast<const uint2*>(from + i);
+      const float2 low = UnpackBf16(four.x), high = UnpackBf16(four.y);
+      values.x[i] = low.x;
+      values.x[i + 1] = low.y;
+      values.x[i + 2] = high.x;
+      values.x[i + 3] = high.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values.x[i] = __bfloat162float(from[i]);
+  }
+  return values;
+}
+
 template <typename To, int kCount>
 __device__ __forceinline__ void Store(typename To::Storage* to, const Floats<kCount>& values) {
   struct alignas(kCount * sizeof(typename To::Storage)) Packed {
@@ -144,7 +164,7 @@ __device__ __forceinline__ void RotatePieces(Pieces<kVec>& pieces, const Floats<
 constexpr int kThreads = 256;
 
 // A thread per 2 * kVec channels of one head of Q, K or V. grid: [tokens, pieces of kThreads]
-template <typename To, int kVec>
+template <typename From, typename To, int kVec>
 __global__ void __launch_bounds__(kThreads) RopeKvKernel(RopeKvKernelParams p) {
   const int64_t token = blockIdx.x;
   const int items_per_head = p.head_dim / (2 * kVec);
@@ -169,8 +189,8 @@ __global__ void __launch_bounds__(kThreads) RopeKvKernel(RopeKvKernelParams p) {
   const bool is_q = head < p.num_heads;
   const int kv_head = head - (head < first_v ? p.num_heads : first_v);
   const HeadsIn& in = is_q ? p.q : head < first_v ? p.k : p.v;
-  const float* from =
-      in.data + token * in.token_stride + int64_t{is_q ? head : kv_head} * in.head_stride;
+  const From* from = static_cast<const From*>(in.data) + token * in.token_stride +
+                     int64_t{is_q ? head : kv_head} * in.head_stride;
   Pieces<kVec> pieces = PlacesOf<kVec>(item, head < first_v ? p.half : 0, p.interleaved);
   pieces.low = Load<kVec>(from + pieces.first);
   pieces.high = Load<kVec>(from + pieces.second);
@@ -192,13 +212,13 @@ __global__ void __launch_bounds__(kThreads) RopeKvKernel(RopeKvKernelParams p) {
   Store<To>(to + pieces.second, pieces.high);
 }
 
-HeadsIn InputOf(const TensorView& x) { return {x.Data<const float>(), x.strides[0], x.strides[1]}; }
+HeadsIn InputOf(const TensorView& x) { return {x.data, x.strides[0], x.strides[1]}; }
 
 bool ByFour(const HeadsIn& x) {
   return IsAligned16(x.data) && x.token_stride % 4 == 0 && x.head_stride % 4 == 0;
 }
 
-template <typename To>
+template <typename From, typename To>
 void Launch(const RopeKvKernelParams& p, int num_tokens, cudaStream_t stream) {
   const bool by_four = p.head_dim % 8 == 0 && p.half % 4 == 0 && ByFour(p.q) && ByFour(p.k) &&
                        ByFour(p.v) && IsAligned16(p.q_out) && p.q_out_token_stride % 4 == 0 &&
@@ -207,7 +227,21 @@ void Launch(const RopeKvKernelParams& p, int num_tokens, cudaStream_t stream) {
   const int vec = by_four ? 4 : 1;
   const int items = (p.num_heads + 2 * p.num_kv_heads) * (p.head_dim / (2 * vec));
   const LaunchShape shape = {dim3(num_tokens, (items + kThreads - 1) / kThreads), kThreads};
-  LaunchKernel(by_four ? RopeKvKernel<To, 4> : RopeKvKernel<To, 1>, shape, stream, p);
+  LaunchKernel(by_four ? RopeKvKernel<From, To, 4> : RopeKvKernel<From, To, 1>, shape, stream, p);
+}
+
+template <typename From>
+void LaunchFor(DType cache, const RopeKvKernelParams& p, int num_tokens, cudaStream_t stream) {
+  switch (cache) {
+    case DType::kBF16:
+      return Launch<From, ToBf16>(p, num_tokens, stream);
+    case DType::kF16:
+      return Launch<From, ToF16>(p, num_tokens, stream);
+    case DType::kF8E4M3:
+      return Launch<From, ToF8>(p, num_tokens, stream);
+    default:
+      GLOAM_CHECK(!"the cache on CUDA is bf16, fp16 or fp8 (e4m3)");
+  }
 }
 
 void CheckParams(const RopeKvParams& params) {
@@ -219,6 +253,8 @@ void CheckParams(const RopeKvParams& params) {
   GLOAM_CHECK(params.k.shape[0] == num_tokens && params.k.shape[1] == layout.num_kv_heads &&
               params.k.shape[2] == layout.head_dim);
   GLOAM_CHECK(params.v.shape == params.k.shape);
+  GLOAM_CHECK(q.dtype == DType::kF32 || q.dtype == DType::kBF16);
+  GLOAM_CHECK(params.k.dtype == q.dtype && params.v.dtype == q.dtype);
   GLOAM_CHECK(params.q_out.data != nullptr && params.q_out.shape == q.shape);
   GLOAM_CHECK(params.q_out.dtype == (layout.dtype == DType::kF16 ? DType::kF16 : DType::kBF16));
   GLOAM_CHECK(layout.head_dim % 2 == 0);
@@ -248,16 +284,8 @@ void RopeAppendKv(const RopeKvParams& params, const DeviceContext& context) {
   p.head_dim = params.kv.layout.head_dim;
   p.half = params.rotary_dim / 2;
   p.interleaved = params.style == RopeStyle::kInterleaved;
-  switch (params.kv.layout.dtype) {
-    case DType::kBF16:
-      return Launch<ToBf16>(p, params.batch.num_tokens, context.stream);
-    case DType::kF16:
-      return Launch<ToF16>(p, params.batch.num_tokens, context.stream);
-    case DType::kF8E4M3:
-      return Launch<ToF8>(p, params.batch.num_tokens, context.stream);
-    default:
-      GLOAM_CHECK(!"the cache on CUDA is bf16, fp16 or fp8 (e4m3)");
-  }
+  const auto launch = params.q.dtype == DType::kBF16 ? LaunchFor<__nv_bfloat16> : LaunchFor<float>;
+  launch(params.kv.layout.dtype, p, params.batch.num_tokens, context.stream);
 }
 
 }  // namespace gloam::cuda

@@ -26,6 +26,7 @@ struct Shape {
   RopeStyle style;
   DType dtype;
   int64_t offset;  // of the fused rows' start and between them, in elements
+  bool from_bf16 = false;
 };
 
 // Bytes of one value in the cache's type.
@@ -62,6 +63,7 @@ struct Case {
     for (float& x : qkv) x = normal(rng);
     const float extremes[] = {1e6f, -1e6f, 1e-7f, 470.0f, -65520.0f, 1e-9f};
     for (size_t i = 0; i < std::size(extremes); ++i) qkv[rng() % qkv.size()] = extremes[i];
+    if (shape.from_bf16) qkv = ToFloat(DType::kBF16, RoundTo(DType::kBF16, qkv));
     const int half = shape.rotary_dim / 2;
     for (int position = 0; position < kMaxPositions; ++position) {
       for (int i = 0; i < half; ++i) {
@@ -86,9 +88,15 @@ struct Case {
   }
 
   TensorView Heads(float* data, Device device, int first, int count) const {
+    return Heads(data + At(first), DType::kF32, device, count);
+  }
+  TensorView Heads(uint16_t* data, Device device, int first, int count) const {
+    return Heads(data + At(first), DType::kBF16, device, count);
+  }
+  int64_t At(int head) const { return shape.offset + int64_t{head} * shape.head_dim; }
+  TensorView Heads(void* first, DType dtype, Device device, int count) const {
     TensorView view =
-        TensorView::Contiguous(data + shape.offset + int64_t{first} * shape.head_dim, DType::kF32,
-                               device, {num_tokens, count, shape.head_dim});
+        TensorView::Contiguous(first, dtype, device, {num_tokens, count, shape.head_dim});
     view.strides[0] = width;
     return view;
   }
@@ -107,8 +115,10 @@ struct Outcome {
   std::vector<uint8_t> cache;  // bytes
 };
 
-Outcome RunCuda(const Case& c, const CudaFixture& fixture) {
-  const DeviceArray<float> qkv(c.qkv), cos(c.cos), sin(c.sin);
+// T: float, or uint16_t for bf16.
+template <typename T>
+Outcome RunFrom(const Case& c, const DeviceArray<T>& qkv, const CudaFixture& fixture) {
+  const DeviceArray<float> cos(c.cos), sin(c.sin);
   const DeviceArray<int32_t> positions(c.positions);
   const DeviceArray<int64_t> slots(c.slot_mapping);
   const int64_t q_stride = int64_t{c.shape.num_heads} * c.shape.head_dim + 8;
@@ -132,6 +142,11 @@ Outcome RunCuda(const Case& c, const CudaFixture& fixture) {
   params.kv = {cache.data(), c.layout, kNumBlocks};
   RopeAppendKv(params, fixture.context);
   return {q_out.Download(), cache.Download()};
+}
+
+Outcome RunCuda(const Case& c, const CudaFixture& fixture) {
+  if (!c.shape.from_bf16) return RunFrom(c, DeviceArray<float>(c.qkv), fixture);
+  return RunFrom(c, DeviceArray<uint16_t>(RoundTo(DType::kBF16, c.qkv)), fixture);
 }
 
 Outcome Expected(const Case& c) {
@@ -198,6 +213,8 @@ TEST_CASE("RopeAppendKv writes rotated values rounded to the cache's type, and n
             shape.dtype = dtype;
             shape.style = style;
             shape.offset = offset;
+            shape.from_bf16 = !shape.from_bf16;
+            CAPTURE(shape.from_bf16);
             CAPTURE(shape.num_heads, shape.head_dim, shape.rotary_dim, dtype, style, offset,
                     num_tokens);
             const Case c(shape, num_tokens, rng);
