@@ -27,7 +27,7 @@ inline constexpr int kGatedColumns = 128;  // of y in a tile
 inline constexpr int kGatedChannels = 64;  // of x at a time
 void MultiplyGated(const GatedProduct& product);
 
-// gated_batch_gemm.cu: for the rows of a decode batch, where y has columns for every SM.
+// batch_gemm.cu: for the rows of a decode batch, where y has columns for every SM.
 inline constexpr int64_t kMaxGatedBatch = 256;
 bool TakesGatedBatch(const GatedProduct& product);
 void MultiplyGatedBatch(const GatedProduct& product);

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "kernels/cuda/batch_gemm.h"
 #include "kernels/cuda/cublas_lt.h"
 #include "kernels/cuda/cuda_kernels.h"
 #include "kernels/cuda/gated_gemm.h"
@@ -326,6 +327,13 @@ class CudaGemm final : public GemmBackend {
   void MultiplyLarge(const TensorView& x, const GemmOutput& output) {
     const DeviceMatrix& matrix = MatrixOf(output.weight);
     PlainProduct product = ProductOf(x, output);
+#if GLOAM_WITH_HOPPER_KERNELS
+    if (matrix.format == DeviceFormat::kBF16 && context_.compute_capability == 90 &&
+        TakesBatch(product, context_.num_sms)) {
+      MultiplyBatch(product, context_.num_sms, context_.stream);
+      return;
+    }
+#endif
     if (product.bias != nullptr && product.y_is_bf16) {
       BroadcastBias(product.bias, product.y, product.y_stride, true, product.accumulate, product.m,
                     product.n, context_.stream);
