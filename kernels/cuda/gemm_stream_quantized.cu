@@ -383,8 +383,8 @@ int MaxRowsOf(const StreamGemmDevice& device) {
 }
 
 // Sixteen warps hide each other's latencies best, but 16 rows of x need the registers of eight.
-// From 49 rows on, where rows share their sums, tiles are faster than passes of 16 rows. An 8B
-// layer of Q4_0 on an H100 (2026-11-26), us: a pass 79, tiles of up to 64 rows 280.
+// From 33 rows on, where rows share their sums, tiles are faster than passes of 16 rows. An 8B
+// layer of Q4_0 on an H100 (2026-11-26), us: a pass 79, a tile of up to 64 rows 231.
 template <WeightType kType>
 void Multiply(const StreamGemmParams& params, const StreamGemmDevice& device) {
   using Format = QuantizedFormat<kType, 16>;
@@ -392,7 +392,7 @@ void Multiply(const StreamGemmParams& params, const StreamGemmDevice& device) {
   using SameWideFormat = QuantizedFormat<kType, 8, 16>;
   if (params.m > 16 && device.has_clusters && !device.same_sums) {
     ClusterGemmQuantized(kType, params, device);
-  } else if (params.m > (device.has_clusters ? 48 : kMaxStreamedRows)) {
+  } else if (params.m > (device.has_clusters ? 32 : kMaxStreamedRows)) {
     TileGemm<Format, 2, 8>(params, device);
   } else if (params.m <= 8 || (device.same_sums && MaxRowsOf<SameWideFormat, 2>(device) < 16)) {
     ForRows(params, MaxRowsOf<Format, 1>(device),

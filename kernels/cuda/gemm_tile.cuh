@@ -82,19 +82,27 @@ __global__ void __launch_bounds__(TileShape<Format, kTiles, kWarps>::kThreads, 1
     Format::Request(source, 0, shared + slot * T::kStageBytes + warp * Format::kUnitBytes, slice,
                     params.k, lane);
   };
+  // A thread copies one chunk of 16 bytes of every kRowStep-th row of x.
+  constexpr int kChunks = Format::kColumns / 8;
+  constexpr int kRowStep = T::kThreads / kChunks;
+  static_assert(T::kTokens % kRowStep == 0 && kRowStep % 2 == 0);
+  const int x_chunk = threadIdx.x % kChunks;
+  const int x_row = threadIdx.x / kChunks;
+  const int rows_left = params.m - first_token - x_row;
+  const auto* x = Kept(static_cast<const __nv_bfloat16*>(params.x) +
+                       (first_token + x_row) * params.x_stride + 8 * x_chunk);
+  const int64_t x_step = Kept(kRowStep * params.x_stride);
+  const uint32_t x_to = Kept(SharedAddress(shared) + T::kUnits * Format::kUnitBytes +
+                             x_row * T::kRowBytes + 16 * SwizzledChunk(x_row, x_chunk));
   const auto request_x = [&](int slot, int slice) {
-    constexpr int kChunks = Format::kColumns / 8;
-    const uint32_t to =
-        SharedAddress(shared + slot * T::kStageBytes + T::kUnits * Format::kUnitBytes);
+    const int column = slice * Format::kColumns;
+    const bool in_row = column + 8 * x_chunk < params.k;
+    const uint32_t to = x_to + slot * T::kStageBytes;
+    const auto* from = x + column;
 #pragma unroll
-    for (int i = threadIdx.x; i < T::kTokens * kChunks; i += T::kThreads) {
-      const int row = i / kChunks;
-      const int chunk = i % kChunks;
-      const int column = slice * Format::kColumns + 8 * chunk;
-      const bool valid = column < params.k && first_token + row < params.m;
-      const auto* x = static_cast<const __nv_bfloat16*>(params.x);
-      if (valid) x += (first_token + row) * params.x_stride + column;
-      CopyAsync16(to + row * T::kRowBytes + 16 * SwizzledChunk(row, chunk), x, valid);
+    for (int i = 0; i < T::kTokens / kRowStep; ++i) {
+      CopyAsync16(to + i * (kRowStep * T::kRowBytes), from, in_row && i * kRowStep < rows_left);
+      from += x_step;
     }
   };
 

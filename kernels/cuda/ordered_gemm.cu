@@ -1,5 +1,5 @@
 // y = x W^T for any number of rows of x with one order of summation: an element is the sum of one
-// to four parts of the columns (PartsOf), in ascending order, and a part is a single chain of
+// or two parts of the columns (PartsOf), in ascending order, and a part is a single chain of
 // wgmma's sums, 16 columns at a time, which does not know how many rows of x (the instruction's
 // columns) there are. Few rows of x are bound by the time to read W, many by the tensor cores; a
 // chain's link takes 90 cycles at least, so that W with few rows would be bound by that were it one
@@ -18,8 +18,7 @@
 // Of a gated product, 8 rows of the gate and the same 8 of the up take turns in a tile: wgmma
 // leaves both of an element in the same thread.
 //
-// W never changes: the ring is filled with it before earlier kernels are done. Two blocks fit an SM
-// (up to 64 rows of x), so that the next product's may do so while this one ends.
+// W never changes: the ring is filled with it before earlier kernels are done.
 //
 // Bytes: those of W, for up to 256 rows of x; from L2, x for every tile. FLOPs: 2 m n k.
 #include <cutlass/arch/barrier.h>
@@ -47,13 +46,14 @@ constexpr int kGroupRows = 64;     // of W, a warp group
 constexpr int kMaxGroups = 2;      // of warps that multiply
 constexpr int kTileChannels = 64;  // 128 bytes, the width of a swizzled row
 constexpr int kGroupThreads = 128;
+constexpr int kRingBytes = 224 << 10;
 // Tiles of x's rows that are computed at about the same time.
 constexpr int kBandTiles = 8;
-constexpr int kMaxParts = 4;
+constexpr int kMaxParts = 2;
 // W of no more rows is summed in parts. On an H100 (2026-11-26), us by 1, 64 and 2048 rows of x, as
-// one chain and in four parts: down of Llama-3.1-8B (4096 x 14336) 49, 63, 310 and 42, 44, 385, o
-// (4096 x 4096) 15.5, 23, 114 and 15.0, 16.5, 149; in two parts qkv (6144 x 4096), which is one
-// chain, 18.9, 22.3, 138 and 20.5, 21.9, 152.
+// one chain and in two parts: down of Llama-3.1-8B (4096 x 14336) 49, 63, 310 and 41, 44, 385, o
+// (4096 x 4096) 15.5, 23, 114 and 14.6, 16.5, 149. Four parts are no faster: clusters of four
+// blocks wait for each other's SMs.
 constexpr int kMaxPartedRows = 5120;
 
 template <int kTokens>
@@ -100,7 +100,6 @@ struct Config {
   static constexpr int kShare =
       kKind != Kind::kSplit && kTokens >= 128 ? 2 : 1;  // blocks with one x
   static constexpr int kStageBytes = (kMaxGroups * kGroupRows + kTokens) * kTileChannels * 2;
-  static constexpr int kRingBytes = (kTokens <= 64 ? 112 : 224) << 10;
   static constexpr int kStages = kRingBytes / kStageBytes;
   // Many columns need more registers than an even share: the loading threads, a warp group then,
   // give theirs.
@@ -546,7 +545,7 @@ class Multiplier {
 };
 
 template <int kTokens, Kind kKind>
-__global__ void __launch_bounds__(Config<kTokens, kKind>::kMaxThreads, kTokens <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(Config<kTokens, kKind>::kMaxThreads, 1)
     OrderedGemmKernel(const __grid_constant__ KernelParams p) {
   using Shape = Config<kTokens, kKind>;
   extern __shared__ __align__(1024) unsigned char memory[];
