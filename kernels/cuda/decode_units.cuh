@@ -148,8 +148,8 @@ __device__ void PlanRows(const DecodeAttentionParams& p, int num_groups,
   const int lane = threadIdx.x % 32;
   const int i = threadIdx.x;
   if (i == 0) {
-    shared.results.full.Init(kWarps);
-    shared.results.empty.Init(kMergeWarps);
+    shared.results.full.Init(kComputeThreads);
+    shared.results.empty.Init(kMergeThreads);
   }
   Row row = {.seq = 0, .token = 0, .context = -1};
   if (i < p.num_rows) row = ReadRow(p, p.first_row + i);

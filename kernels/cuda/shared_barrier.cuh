@@ -1,5 +1,6 @@
-// A barrier in shared memory at which some warps of a thread block arrive and others wait. Unlike
-// `bar.arrive`, compute-sanitizer's racecheck knows what it orders.
+// A barrier in shared memory at which some threads of a thread block arrive and others wait.
+// compute-sanitizer's racecheck knows what it orders, which it does not of `bar.arrive`, nor of one
+// thread's arrival for a warp.
 #pragma once
 
 #include <cstdint>
@@ -16,17 +17,14 @@ class SharedBarrier {
                  : "memory");
   }
 
-  // By all lanes of a warp: one arrival, after all that they have read and written.
+  // After all that the thread has read and written.
   __device__ __forceinline__ void Arrive() {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-      asm volatile(
-          "{\n"
-          ".reg .b64 state;\n"
-          "mbarrier.arrive.shared.b64 state, [%0];\n"
-          "}\n" ::"r"(SharedAddress(&state_))
-          : "memory");
-    }
+    asm volatile(
+        "{\n"
+        ".reg .b64 state;\n"
+        "mbarrier.arrive.shared.b64 state, [%0];\n"
+        "}\n" ::"r"(SharedAddress(&state_))
+        : "memory");
   }
 
   // Waits for the end of phase `phase`, counted from 0; of the phases before, only the last may be
