@@ -50,8 +50,8 @@ struct DecodeAttentionParams {
 
   float scale = 0;
   int window = 0;  // tokens that a query sees, itself included; 0: all
-  // Where there are more rows and groups than SMs, a group's share the blocks of all contexts
-  // evenly.
+  // Where there are about as many rows and groups as SMs or more, a group's SMs share the blocks of
+  // all contexts evenly.
   bool balanced = false;
   int max_splits = 0;  // of a row: DecodeSplits of the longest context, or more
 

@@ -136,7 +136,10 @@ __device__ __forceinline__ void WaitForMergers() {
 __device__ __forceinline__ bool SharesEvenly(const DecodeAttentionParams& p, int num_groups) {
   const auto num_blocks = static_cast<int>(gridDim.x);
   const bool divides = num_blocks % num_groups * 8 <= num_blocks;  // few have no stretch
-  return p.balanced && divides && p.num_rows * num_groups > num_blocks;
+  const int wholes = p.num_rows * num_groups;
+  // Almost one for every SM are not cut either: what a cut costs is more than a few SMs bring.
+  const bool is_many = wholes > num_blocks || (p.max_splits > 1 && 10 * wholes >= 9 * num_blocks);
+  return p.balanced && divides && is_many;
 }
 
 // Prepares shared memory: reads the rows and counts their units. Every thread block does it for

@@ -172,7 +172,7 @@ TEST_CASE("decode attention balanced over a batch") {
        {AttentionShape{8, 4, 128, 0, DType::kBF16}, AttentionShape{2, 3, 64, 300, DType::kF16}}) {
     CAPTURE(shape.num_kv_heads, shape.head_dim);
     // From pieces as short as may be to rows in one piece.
-    for (const int num_rows : {1, 20, 70, 200}) {
+    for (const int num_rows : {1, 14, 20, 62, 70, 200}) {
       CAPTURE(num_rows);
       std::vector<int> lengths = {6000, 0};
       for (int i = 0; i < num_rows; ++i) lengths.push_back(1 + static_cast<int>(rng() % 900));
