@@ -21,12 +21,6 @@ struct EstimateParams {
   // Only blocks [begin_block, end_block) of them.
   int64_t begin_block = 0;
   int64_t end_block = std::numeric_limits<int64_t>::max();
-  // What the stages behind it read is fetched beside it (from block quants only). No result depends
-  // on it: the mean values of the blocks, and
-  bool fetch_means = false;
-  // the keys and values of tokens whose logit comes near a head's largest so far, [num_heads]; they
-  // grow, and several threads may use them at a time. Null: none.
-  float* largest_logits = nullptr;
 };
 
 // The same from the calibrated channels alone: logits[head][token] = sum over the KV head's label

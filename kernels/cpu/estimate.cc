@@ -52,9 +52,7 @@ void Estimate(const EstimateParams& params) {
                              .masks = params.masks,
                              .logits = params.logits,
                              .begin_block = params.begin_block,
-                             .end_block = std::min(params.end_block, params.keys.num_blocks),
-                             .fetch_means = params.fetch_means,
-                             .largest_logits = params.largest_logits};
+                             .end_block = std::min(params.end_block, params.keys.num_blocks)};
   if (params.estimator.type == EstimatorType::kNone) {
     EstimateFromKeys(call);
     return;

@@ -29,7 +29,6 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/estimate_kernels.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
-#include "kernels/cpu/likely_tokens-inl.h"
 
 #ifndef GLOAM_ESTIMATE_ONCE
 #define GLOAM_ESTIMATE_ONCE
@@ -588,15 +587,10 @@ void EstimateBlockQuant(const EstimateCall& call, const Mirror& mirror) {
   const auto quants_of = [&](int64_t i) {
     return keys.sidecars.At(SidecarKind::kBlockQuant, keys.block_table[i], keys.kv_head);
   };
-  const auto means_of = [&](int64_t i) {
-    return keys.sidecars.At(SidecarKind::kMeanValues, keys.block_table[i], keys.kv_head);
-  };
   // What is fetched of a block, in parts.
   const int64_t half_bytes = int64_t{(num_rows + 1) / 2} * kQuantRowBytes;
   const auto fetch_ranges = [&](int64_t i) {
-    if (i < 0) return;
-    PrefetchRange(keys.Ranges(i), range_bytes);
-    if (call.fetch_means) PrefetchRange(means_of(i), channels * int64_t{sizeof(T)});
+    if (i >= 0) PrefetchRange(keys.Ranges(i), range_bytes);
   };
   const auto fetch_quants = [&](int64_t i, int half) {
     if (i >= 0) PrefetchRange(quants_of(i) + half * half_bytes, half_bytes);
@@ -607,11 +601,9 @@ void EstimateBlockQuant(const EstimateCall& call, const Mirror& mirror) {
     fetch_quants(i, 1);
   };
   BlockBatch batch;
-  LikelyTokens likely(call);
   ForCandidates(
       call, prefetch, [&](const int64_t* blocks, int count, const int64_t* ahead) HWY_ATTR {
         for (int b = 0; b < count; ++b) {
-          likely.Fetch();
           LoadRanges<T>(keys.Ranges(blocks[b]), channels, kBits, batch.steps[b], batch.mids[b]);
         }
         ForHeadTiles(call.num_heads, [&](int head, auto heads) HWY_ATTR {
@@ -637,7 +629,6 @@ void EstimateBlockQuant(const EstimateCall& call, const Mirror& mirror) {
             }
           }
         });
-        likely.Find(blocks, count);
       });
 }
 

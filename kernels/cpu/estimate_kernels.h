@@ -34,8 +34,6 @@ struct EstimateCall {
   float* logits = nullptr;           // [num_heads][16 * num_blocks]
   int64_t begin_block = 0;           // of the blocks in question
   int64_t end_block = 0;
-  bool fetch_means = false;         // as in EstimateParams
-  float* largest_logits = nullptr;  // as in EstimateParams
 };
 
 void EstimateFromMirror(const EstimateCall& call, const Mirror& mirror);

@@ -49,7 +49,6 @@ struct TaskMemory {
   float* weights = nullptr;          // [heads][tokens]
   TokenMask* open_masks = nullptr;   // [heads]
   float* open_logits = nullptr;      // [heads][16]
-  float* largest_logits = nullptr;   // [heads] so far
   float* masses = nullptr;           // [heads][blocks]
   int32_t* tail_blocks = nullptr;    // [blocks]
   int32_t* tokens = nullptr;         // [tokens + 16] to attend to
@@ -79,7 +78,6 @@ struct TaskMemory {
     weights = carver.Take<float>(heads * shape.num_tokens());
     open_masks = carver.Take<TokenMask>(heads);
     open_logits = carver.Take<float>(heads * kBlockTokens);
-    largest_logits = carver.Take<float>(heads);
     masses = carver.Take<float>(heads * shape.num_blocks);
     tail_blocks = carver.Take<int32_t>(shape.num_blocks);
     tokens = carver.Take<int32_t>(shape.num_tokens() + kBlockTokens);
@@ -364,12 +362,6 @@ void HeadTask::DropOtherBlocks() {
 
 void HeadTask::EstimateLogits() {
   ComputeOpenLogits();
-  for (int head = 0; head < num_heads_; ++head) {
-    const float* open = memory_.open_logits + head * kBlockTokens;
-    memory_.largest_logits[head] = *std::max_element(open, open + num_open_);
-  }
-  // An estimate without pruning keeps everything.
-  const bool keeps_few = policy_.pruner.type != PrunerType::kNone;
   loop_.ForPieces(num_blocks_, kEstimatedBlocksPerPiece, [&](int64_t begin, int64_t end) {
     Estimate({.estimator = policy_.estimator,
               .keys = keys_,
@@ -379,9 +371,7 @@ void HeadTask::EstimateLogits() {
               .masks = memory_.masks,
               .logits = memory_.logits,
               .begin_block = begin,
-              .end_block = end,
-              .fetch_means = policy_.tail == TailType::kBlockMean,
-              .largest_logits = keeps_few ? memory_.largest_logits : nullptr});
+              .end_block = end});
   });
 }
 
