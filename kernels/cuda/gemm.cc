@@ -21,6 +21,11 @@ namespace {
 
 // Most rows of x that the streaming kernels take before cuBLASLt is faster.
 constexpr int64_t kMaxStreamedBF16 = 16;
+// Of these, rows that the kernel of batch-invariant mode takes sooner, of large weights. A layer of
+// Llama-3.1-8B on an H100 (2026-11-26), us, streamed and with that kernel: 4 rows 151.5 and 152.5,
+// 8 rows 155.6 and 152.3, 16 rows 163.3 and 152.9.
+constexpr int64_t kMinOrdered = 8;
+constexpr int64_t kMinOrderedElements = 8 << 20;
 // For cuBLASLt, packed weights are dequantised each time.
 constexpr int64_t kMaxStreamedFP8 = 96;
 constexpr int64_t kMaxStreamedQuantized = 192;
@@ -146,7 +151,7 @@ class CudaGemm final : public GemmBackend {
     for (int i = 0; i < params.num_outputs; ++i) {
       if (is_done[i]) continue;
       const DeviceMatrix& first = MatrixOf(params.outputs[i].weight);
-      if (IsOrdered(first)) {
+      if (IsOrdered(first, params.x.shape[0])) {
         MultiplyInOrder(params.x, params.outputs[i]);
         continue;
       }
@@ -174,7 +179,7 @@ class CudaGemm final : public GemmBackend {
     GLOAM_CHECK(y.rank == 2 && IsBF16(y) && y.shape[0] == x.shape[0]);
     GLOAM_CHECK(2 * y.shape[1] == matrix.rows);
     if (context_.compute_capability != 90 || matrix.format != DeviceFormat::kBF16) return false;
-    if (IsOrdered(matrix)) {
+    if (IsOrdered(matrix, x.shape[0])) {
       if (y.shape[1] % 8 != 0) return false;
       MultiplyOrderedGated(ProductOf(x, matrix, y), context_.num_sms, context_.stream);
       return true;
@@ -219,9 +224,13 @@ class CudaGemm final : public GemmBackend {
     return m <= kMaxStreamedQuantized;
   }
 
-  bool IsOrdered(const DeviceMatrix& matrix) const {
-    return GLOAM_WITH_HOPPER_KERNELS && context_.options.batch_invariant &&
-           context_.compute_capability == 90 && matrix.format == DeviceFormat::kBF16;
+  bool IsOrdered(const DeviceMatrix& matrix, int64_t m) const {
+    if (!GLOAM_WITH_HOPPER_KERNELS || context_.compute_capability != 90 ||
+        matrix.format != DeviceFormat::kBF16) {
+      return false;
+    }
+    return context_.options.batch_invariant || (m >= kMinOrdered && m <= kMaxStreamedBF16 &&
+                                                matrix.rows * matrix.cols >= kMinOrderedElements);
   }
 
   Status PrepareLarge(bool dequantizes) {

@@ -51,8 +51,8 @@ constexpr int kRingBytes = 224 << 10;
 constexpr int kBandTiles = 8;
 constexpr int kMaxParts = 2;
 // W of no more rows is summed in parts. On an H100 (2026-11-26), us by 1, 64 and 2048 rows of x, as
-// one chain and in two parts: down of Llama-3.1-8B (4096 x 14336) 49, 63, 310 and 41, 44, 385, o
-// (4096 x 4096) 15.5, 23, 114 and 14.6, 16.5, 149. Four parts are no faster: clusters of four
+// one chain and in two parts: down of Llama-3.1-8B (4096 x 14336) 49, 63, 310 and 41, 43, 383, o
+// (4096 x 4096) 15.5, 23, 114 and 14.7, 16.4, 150. Four parts are no faster: clusters of four
 // blocks wait for each other's SMs.
 constexpr int kMaxPartedRows = 5120;
 

@@ -1,5 +1,5 @@
-// The products of batch-invariant mode with bf16 weights (compute capability 9.0 alone). Host side
-// of the GEMM backend; engine thread only.
+// The products of batch-invariant mode with bf16 weights, and of 8 to 16 rows of x in any (compute
+// capability 9.0 alone). Host side of the GEMM backend; engine thread only.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -133,7 +133,7 @@ TEST_CASE("Batch-invariant gated products: precision, and a row's bits among any
 TEST_CASE("Few rows, odd shapes and other types go another way") {
   const CudaFixture fixture, invariant({.batch_invariant = true});
   std::mt19937 rng(37);
-  const DeviceArray<uint16_t> x(1100 * 256), y(1100 * 256);
+  const DeviceArray<uint16_t> x(1100 * 256), y(1100 * 256);  // as large as any below
   const auto takes = [&](const CudaFixture& on, WeightType type, const Shape& shape) {
     const auto backend = MakeGemmBackend(on.context);
     const RandomWeight matrix(type, 2 * shape.n, shape.k, rng);
@@ -147,6 +147,8 @@ TEST_CASE("Few rows, odd shapes and other types go another way") {
   CHECK(takes(fixture, WeightType::kBF16, {1100, 128, 256}) == HasKernel(fixture));
   CHECK(takes(fixture, WeightType::kBF16, {17, 8512, 96}) == HasKernel(fixture));
   CHECK(!takes(fixture, WeightType::kBF16, {16, 8512, 96}));
+  CHECK(takes(fixture, WeightType::kBF16, {16, 8512, 512}) == HasKernel(fixture));
+  CHECK(!takes(fixture, WeightType::kBF16, {7, 8512, 512}));
   CHECK(!takes(fixture, WeightType::kBF16, {17, 8508, 96}));
   CHECK(takes(invariant, WeightType::kBF16, {16, 128, 256}) == HasKernel(fixture));
   CHECK(!takes(invariant, WeightType::kBF16, {17, 8508, 96}));
