@@ -139,9 +139,11 @@ struct Front {
   }
 };
 
-class CompletionsService final : public CompletionsBase {
+// A service that generates, in one message or as a stream of them.
+template <typename Base, typename Request, GrpcCallStart::MakeEncoder kMakeEncoder>
+class GeneratingService final : public Base {
  public:
-  explicit CompletionsService(Front& front) : front_(front) {}
+  explicit GeneratingService(Front& front) : front_(front) {}
 
   grpc::ServerUnaryReactor* Create(CallbackServerContext* context, const ByteBuffer* request,
                                    ByteBuffer* response) override {
@@ -155,38 +157,17 @@ class CompletionsService final : public CompletionsBase {
 
  private:
   GrpcCallStart Start(CallbackServerContext* context, const ByteBuffer* request, bool stream) {
-    return front_.StartOf(
-        context, front_.PrepareGeneration<v1::CreateCompletionRequest>(context, request, stream),
-        MakeCompletionEncoder);
+    return front_.StartOf(context, front_.PrepareGeneration<Request>(context, request, stream),
+                          kMakeEncoder);
   }
 
   Front& front_;
 };
 
-class ChatCompletionsService final : public ChatCompletionsBase {
- public:
-  explicit ChatCompletionsService(Front& front) : front_(front) {}
-
-  grpc::ServerUnaryReactor* Create(CallbackServerContext* context, const ByteBuffer* request,
-                                   ByteBuffer* response) override {
-    return StartUnaryCall(Start(context, request, /*stream=*/false), response);
-  }
-
-  grpc::ServerWriteReactor<ByteBuffer>* CreateStream(CallbackServerContext* context,
-                                                     const ByteBuffer* request) override {
-    return StartStreamCall(Start(context, request, /*stream=*/true));
-  }
-
- private:
-  GrpcCallStart Start(CallbackServerContext* context, const ByteBuffer* request, bool stream) {
-    return front_.StartOf(
-        context,
-        front_.PrepareGeneration<v1::CreateChatCompletionRequest>(context, request, stream),
-        MakeChatEncoder);
-  }
-
-  Front& front_;
-};
+using CompletionsService =
+    GeneratingService<CompletionsBase, v1::CreateCompletionRequest, MakeCompletionEncoder>;
+using ChatCompletionsService =
+    GeneratingService<ChatCompletionsBase, v1::CreateChatCompletionRequest, MakeChatEncoder>;
 
 class ModelsService final : public ModelsBase {
  public:
