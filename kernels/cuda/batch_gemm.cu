@@ -221,13 +221,6 @@ class Loader {
   Shared<Shape>& shared_;
 };
 
-// An 8 x 8 matrix of 16-bit elements, two of row lane / 4 in each lane, transposed.
-__device__ __forceinline__ uint32_t Transpose8x8(uint32_t x) {
-  uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-
 // y += x without waiting for what y was; this thread alone writes there.
 __device__ __forceinline__ void AddTo(float* y, float2 x) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(y), "f"(x.x), "f"(x.y)
@@ -444,27 +437,18 @@ void MultiplyBatch(const PlainProduct& product, int num_sms, cudaStream_t stream
   launch(product, num_sms, stream);
 }
 
-bool TakesGatedBatch(const GatedProduct& product) {
+bool TakesGatedBatch(const PlainProduct& product, int num_sms) {
   return product.m > 0 && product.m <= kMaxGatedBatch && product.n % 8 == 0 && product.k % 8 == 0 &&
-         TilesOf<GatedShape<kMaxGatedBatch>>(product.n) >= product.num_sms;
+         TilesOf<GatedShape<kMaxGatedBatch>>(product.n) >= num_sms;
 }
 
-void MultiplyGatedBatch(const GatedProduct& product) {
-  GLOAM_CHECK(TakesGatedBatch(product));
+void MultiplyGatedBatch(const PlainProduct& product, int num_sms, cudaStream_t stream) {
+  GLOAM_CHECK(TakesGatedBatch(product, num_sms));
   const auto launch = product.m <= 32    ? Launch<GatedShape<32>>
                       : product.m <= 64  ? Launch<GatedShape<64>>
                       : product.m <= 128 ? Launch<GatedShape<128>>
                                          : Launch<GatedShape<256>>;
-  const PlainProduct plain = {.x = product.x,
-                              .x_stride = product.x_stride,
-                              .w = product.w,
-                              .y = product.y,
-                              .y_stride = product.y_stride,
-                              .m = product.m,
-                              .n = product.n,
-                              .k = product.k,
-                              .y_is_bf16 = true};
-  launch(plain, product.num_sms, product.stream);
+  launch(product, num_sms, stream);
 }
 
 }  // namespace gloam::cuda

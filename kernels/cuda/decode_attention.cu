@@ -23,6 +23,7 @@
 #include "kernels/cuda/decode_merge.cuh"
 #include "kernels/cuda/decode_units.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/vectors.cuh"
 
 namespace gloam::cuda {
 namespace decode {
@@ -46,12 +47,6 @@ __device__ __forceinline__ void LoadTransposed(uint32_t address, uint32_t (&x)[4
                : "memory");
 }
 
-// An 8 x 8 matrix of 16-bit elements, two of row lane / 4 in each lane, transposed.
-__device__ __forceinline__ uint32_t Transpose8x8(uint32_t x) {
-  uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
 // The arithmetic of one 16-bit type.
 template <typename T>
 struct Half;

@@ -169,7 +169,7 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kThread
 
 }  // namespace
 
-void MultiplyGated(const GatedProduct& product) {
+void MultiplyGated(const PlainProduct& product, int num_sms, cudaStream_t stream) {
   GLOAM_CHECK(product.m > 0 && product.n % kTileColumns == 0 && product.k % kTileChannels == 0);
   KernelParams p = {};
   p.x = MakeTensorMap<2>(product.x, {product.k, product.m}, {product.x_stride},
@@ -184,12 +184,11 @@ void MultiplyGated(const GatedProduct& product) {
   constexpr int kClusterRows = kClusterBlocks * kTileRows;
   p.tiles_high = (p.m + kClusterRows - 1) / kClusterRows;
   p.tiles_wide = p.n / kTileColumns;
-  const int num_pairs = min(p.tiles_high * p.tiles_wide, product.num_sms / kClusterBlocks);
+  const int num_pairs = min(p.tiles_high * p.tiles_wide, num_sms / kClusterBlocks);
   constexpr int kSharedBytes = sizeof(Shared);
   AllowSharedBytes<GatedGemmKernel>(kSharedBytes);
   LaunchKernel(GatedGemmKernel,
-               {dim3(num_pairs * kClusterBlocks), dim3(kThreads), size_t{kSharedBytes}},
-               product.stream, p);
+               {dim3(num_pairs * kClusterBlocks), dim3(kThreads), size_t{kSharedBytes}}, stream, p);
 }
 
 }  // namespace gloam::cuda

@@ -179,31 +179,22 @@ class CudaGemm final : public GemmBackend {
     GLOAM_CHECK(y.rank == 2 && IsBF16(y) && y.shape[0] == x.shape[0]);
     GLOAM_CHECK(2 * y.shape[1] == matrix.rows);
     if (context_.compute_capability != 90 || matrix.format != DeviceFormat::kBF16) return false;
-    if (IsOrdered(matrix, x.shape[0])) {
-      if (y.shape[1] % 8 != 0) return false;
-      MultiplyOrderedGated(ProductOf(x, matrix, y), context_.num_sms, context_.stream);
+    const PlainProduct product = ProductOf(x, matrix, y);
+    if (IsOrdered(matrix, product.m)) {
+      if (product.n % 8 != 0) return false;
+      MultiplyOrderedGated(product, context_.num_sms, context_.stream);
       return true;
     }
-    if (IsStreamed(matrix, x.shape[0])) return false;
-    const GatedProduct product = {.x = x.data,
-                                  .x_stride = x.strides[0],
-                                  .w = matrix.data,
-                                  .y = y.data,
-                                  .y_stride = y.strides[0],
-                                  .m = x.shape[0],
-                                  .n = y.shape[1],
-                                  .k = matrix.cols,
-                                  .num_sms = context_.num_sms,
-                                  .stream = context_.stream};
-    if (TakesGatedBatch(product)) {
-      MultiplyGatedBatch(product);
+    if (IsStreamed(matrix, product.m)) return false;
+    if (TakesGatedBatch(product, context_.num_sms)) {
+      MultiplyGatedBatch(product, context_.num_sms, context_.stream);
       return true;
     }
     if (product.m < kMinGated || product.n % kGatedColumns != 0 ||
         product.k % kGatedChannels != 0) {
       return false;
     }
-    MultiplyGated(product);
+    MultiplyGated(product, context_.num_sms, context_.stream);
     return true;
 #else
     return false;

@@ -301,13 +301,6 @@ class Loader {
   Shared<kTokens, kKind>& shared_;
 };
 
-// An 8 x 8 matrix of 16-bit elements, two of row lane / 4 in each lane, transposed.
-__device__ __forceinline__ uint32_t Transpose8x8(uint32_t x) {
-  uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-
 __device__ __forceinline__ float4 Added(const float4& a, const float4& b) {
   return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }

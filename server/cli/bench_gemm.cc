@@ -43,7 +43,7 @@ class GemmBench {
     for (const Product& product : products_) {
       const double us = Time(product, num_rows);
       rows.push_back(RowOf(product.name, num_rows, us, product.bytes));
-      if (product.runs == kHeadRuns) continue;
+      if (!product.of_layer) continue;
       layer_us += us;
       layer_bytes += product.bytes;
     }
@@ -63,6 +63,7 @@ class GemmBench {
   struct Product {
     std::string name;
     int64_t bytes = 0;  // of the weights of one run
+    bool of_layer = true;
     int runs = 0;
     std::function<void(int run, int num_rows)> run;
   };
@@ -107,17 +108,17 @@ class GemmBench {
     const int layers = config_.num_layers;
     const int64_t intermediate = config_.intermediate_size;
     products_ = {
-        {"qkv", BytesOf(first.qkv), layers,
+        {"qkv", BytesOf(first.qkv), /*of_layer=*/true, layers,
          [this](int i, int m) {
            weights_.layers[i].qkv.Apply(*ops_, Input(m, config_.hidden_size), qkv_.view.Rows(0, m),
                                         /*accumulate=*/false);
          }},
-        {"attention_out", BytesOf(first.attention_out), layers,
+        {"attention_out", BytesOf(first.attention_out), /*of_layer=*/true, layers,
          [this, q_dim](int i, int m) {
            weights_.layers[i].attention_out.Apply(*ops_, Input(m, q_dim), hidden_.view.Rows(0, m),
                                                   /*accumulate=*/true);
          }},
-        {"gate_up", BytesOf(first.gate_up), layers,
+        {"gate_up", BytesOf(first.gate_up), /*of_layer=*/true, layers,
          [this, intermediate](int i, int m) {
            const TensorView x = Input(m, config_.hidden_size);
            const TensorView gate_up = gate_up_.view.Rows(0, m);
@@ -128,12 +129,12 @@ class GemmBench {
            ops_->SiluMul(
                {.gate = gate, .up = gate_up.Columns(intermediate, intermediate), .out = gate});
          }},
-        {"down", BytesOf(first.down), layers,
+        {"down", BytesOf(first.down), /*of_layer=*/true, layers,
          [this, intermediate](int i, int m) {
            weights_.layers[i].down.Apply(*ops_, Input(m, intermediate), hidden_.view.Rows(0, m),
                                          /*accumulate=*/true);
          }},
-        {"lm_head", Head()->bytes(), kHeadRuns, [this](int /*i*/, int m) {
+        {"lm_head", Head()->bytes(), /*of_layer=*/false, kHeadRuns, [this](int /*i*/, int m) {
            ops_->Gemm({.x = Input(m, config_.hidden_size),
                        .outputs = {{{.weight = Head(), .y = logits_.view.Rows(0, m)}}},
                        .num_outputs = 1});
