@@ -2,7 +2,7 @@
 # machine lacks. Sets GLOAM_CUDA to ON or OFF.
 #
 # The runtime is linked statically. cuBLASLt is loaded when the backend first needs it
-# (kernels/cuda/cublas_lt.cc), so that the program also runs where there is no GPU.
+# (kernels/cuda/gemm/cublas_lt.cc), so that the program also runs where there is no GPU.
 
 set(GLOAM_FLASHINFER_DIR ${PROJECT_SOURCE_DIR}/third_party/flashinfer)
 # third_party/cuda exists only where no other toolkit was new enough.

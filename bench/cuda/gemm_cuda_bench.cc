@@ -18,8 +18,8 @@
 #include <vector>
 
 #include "fmt/format.h"
-#include "kernels/cuda/cublas_lt.h"
 #include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/gemm/cublas_lt.h"
 #include "kernels/quant_block.h"
 
 namespace gloam::cuda {

@@ -5,7 +5,7 @@
 #include <fstream>
 
 #include "fmt/format.h"
-#include "kernels/cuda/cublas_lt.h"
+#include "kernels/cuda/gemm/cublas_lt.h"
 
 namespace gloam {
 namespace {

@@ -27,7 +27,7 @@ void GatherRows(const GatherRowsParams& params, const DeviceContext& context);
 // rope_kv.cu
 void RopeAppendKv(const RopeKvParams& params, const DeviceContext& context);
 
-// Matrix products with their weights and scratch memory: gemm.cc and its kernels.
+// Matrix products with their weights and scratch memory: gemm/.
 class GemmBackend {
  public:
   virtual ~GemmBackend() = default;

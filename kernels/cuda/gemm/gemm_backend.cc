@@ -6,14 +6,14 @@
 #include <utility>
 
 #include "base/check.h"
-#include "kernels/cuda/batch_gemm.h"
-#include "kernels/cuda/cublas_lt.h"
 #include "kernels/cuda/cuda_kernels.h"
-#include "kernels/cuda/gated_gemm.h"
-#include "kernels/cuda/gemm_params.h"
-#include "kernels/cuda/gemm_row_quantized.h"
-#include "kernels/cuda/ordered_gemm.h"
-#include "kernels/cuda/weight_upload.h"
+#include "kernels/cuda/gemm/batch.h"
+#include "kernels/cuda/gemm/cublas_lt.h"
+#include "kernels/cuda/gemm/gated.h"
+#include "kernels/cuda/gemm/ordered.h"
+#include "kernels/cuda/gemm/params.h"
+#include "kernels/cuda/gemm/row_quantized.h"
+#include "kernels/cuda/gemm/weight_upload.h"
 #include "kernels/quant_block.h"
 
 namespace gloam::cuda {

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/plain_product.h"
+#include "kernels/cuda/gemm/plain_product.h"
 
 namespace gloam::cuda {
 
@@ -14,12 +14,12 @@ namespace gloam::cuda {
 // rows, then the up's, and y bf16; no bias, nothing added. Rows of x are 16-byte, of y 4-byte
 // aligned.
 
-// gated_gemm.cu: for many rows; n is a multiple of kGatedColumns, k of kGatedChannels.
+// gated.cu: for many rows; n is a multiple of kGatedColumns, k of kGatedChannels.
 inline constexpr int kGatedColumns = 128;  // of y in a tile
 inline constexpr int kGatedChannels = 64;  // of x at a time
 void MultiplyGated(const PlainProduct& product, int num_sms, cudaStream_t stream);
 
-// batch_gemm.cu: for the rows of a decode batch, where y has columns for every SM.
+// batch.cu: for the rows of a decode batch, where y has columns for every SM.
 inline constexpr int64_t kMaxGatedBatch = 256;
 bool TakesGatedBatch(const PlainProduct& product, int num_sms);
 void MultiplyGatedBatch(const PlainProduct& product, int num_sms, cudaStream_t stream);

@@ -15,12 +15,12 @@
 // depends on the number of columns and the format alone.
 //
 // Bytes: those of W; x, from L2, k * 2 for every block.
-#include "kernels/cuda/gemm_row_quantized.h"
+#include "kernels/cuda/gemm/row_quantized.h"
 
 #include <algorithm>
 
+#include "kernels/cuda/gemm/packed_weight.cuh"
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/packed_weight.cuh"
 
 namespace gloam::cuda {
 namespace {

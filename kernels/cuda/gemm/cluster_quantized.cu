@@ -8,10 +8,10 @@
 // W. FLOPs: 2 m n k, by mma.sync.
 #include <algorithm>
 
-#include "kernels/cuda/cluster.cuh"
-#include "kernels/cuda/gemm_common.cuh"
+#include "kernels/cuda/gemm/cluster.cuh"
+#include "kernels/cuda/gemm/common.cuh"
+#include "kernels/cuda/gemm/packed_weight.cuh"
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/packed_weight.cuh"
 
 namespace gloam::cuda {
 namespace {

@@ -4,11 +4,11 @@
 
 #include <cuda_runtime_api.h>
 
-#include "kernels/cuda/plain_product.h"
+#include "kernels/cuda/gemm/plain_product.h"
 
 namespace gloam::cuda {
 
-// ordered_gemm.cu: y = x w^T (+ bias) (+ y) for any number of rows of x. The order of the sums
+// ordered.cu: y = x w^T (+ bias) (+ y) for any number of rows of x. The order of the sums
 // depends on w's shape and y's type: a row's bits depend on nothing but the row and w.
 void MultiplyOrdered(const PlainProduct& product, int num_sms, cudaStream_t stream);
 

@@ -28,7 +28,7 @@
 #include <cstring>
 
 #include "base/check.h"
-#include "kernels/cuda/gemm_common.cuh"
+#include "kernels/cuda/gemm/common.cuh"
 #include "kernels/quant_block.h"
 
 namespace gloam::cuda {

@@ -12,7 +12,7 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "base/status.h"
-#include "kernels/cuda/plain_product.h"
+#include "kernels/cuda/gemm/plain_product.h"
 
 namespace gloam::cuda {
 

@@ -28,10 +28,10 @@
 #include <algorithm>
 
 #include "kernels/cuda/async_copy.cuh"
-#include "kernels/cuda/cluster.cuh"
-#include "kernels/cuda/gemm_ring.cuh"
+#include "kernels/cuda/gemm/cluster.cuh"
+#include "kernels/cuda/gemm/ordered.h"
+#include "kernels/cuda/gemm/ring.cuh"
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/ordered_gemm.h"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/vectors.cuh"
 

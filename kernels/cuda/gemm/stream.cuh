@@ -16,7 +16,7 @@
 
 #include <utility>
 
-#include "kernels/cuda/gemm_common.cuh"
+#include "kernels/cuda/gemm/common.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace gloam::cuda {

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/async_copy.cuh"
-#include "kernels/cuda/gemm_params.h"
+#include "kernels/cuda/gemm/params.h"
 
 namespace gloam::cuda {
 

@@ -4,11 +4,11 @@
 
 #include <cuda_runtime_api.h>
 
-#include "kernels/cuda/plain_product.h"
+#include "kernels/cuda/gemm/plain_product.h"
 
 namespace gloam::cuda {
 
-// batch_gemm.cu: whether MultiplyBatch takes the product.
+// batch.cu: whether MultiplyBatch takes the product.
 bool TakesBatch(const PlainProduct& product, int num_sms);
 void MultiplyBatch(const PlainProduct& product, int num_sms, cudaStream_t stream);
 

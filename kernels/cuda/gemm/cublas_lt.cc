@@ -1,4 +1,4 @@
-#include "kernels/cuda/cublas_lt.h"
+#include "kernels/cuda/gemm/cublas_lt.h"
 
 #include <dlfcn.h>
 

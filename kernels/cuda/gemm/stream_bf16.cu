@@ -1,6 +1,6 @@
 // The streaming product with bf16 weights, row-major.
-#include "kernels/cuda/gemm_stream.cuh"
-#include "kernels/cuda/gemm_tile.cuh"
+#include "kernels/cuda/gemm/stream.cuh"
+#include "kernels/cuda/gemm/tile.cuh"
 
 namespace gloam::cuda {
 namespace {

@@ -1,11 +1,11 @@
-// y = x W^T of one row of x with GGUF weights: a kernel of its own beside those of gemm_params.h.
+// y = x W^T of one row of x with GGUF weights: a kernel of its own beside those of params.h.
 #pragma once
 
-#include "kernels/cuda/gemm_params.h"
+#include "kernels/cuda/gemm/params.h"
 
 namespace gloam::cuda {
 
-// gemm_row_quantized.cu: needs has_clusters. The order of a sum depends on k and the format alone,
+// row_quantized.cu: needs has_clusters. The order of a sum depends on k and the format alone,
 // but is not that of StreamGemmQuantized. False: x does not fit, nothing was launched.
 bool RowGemmQuantized(WeightType type, const StreamGemmParams& params,
                       const StreamGemmDevice& device);

@@ -6,9 +6,9 @@
 #include <cuda_fp8.h>
 
 #include "base/check.h"
-#include "kernels/cuda/gemm_stream.cuh"
-#include "kernels/cuda/gemm_tile.cuh"
-#include "kernels/cuda/packed_weight.cuh"
+#include "kernels/cuda/gemm/packed_weight.cuh"
+#include "kernels/cuda/gemm/stream.cuh"
+#include "kernels/cuda/gemm/tile.cuh"
 
 namespace gloam::cuda {
 namespace {

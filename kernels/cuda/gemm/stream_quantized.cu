@@ -1,15 +1,15 @@
 // The streaming product with GGUF weights, which stay packed until they are in registers: the
 // integers become bf16 exactly, the products of each run are summed in fp32 and scaled there.
 //
-// As in gemm_stream.cuh a block walks chunks of units and its warps split the columns. What differs
+// As in stream.cuh a block walks chunks of units and its warps split the columns. What differs
 // is for the sake of fewer instructions: a warp's ring holds single units, however many a chunk
 // has, and each warp loads its x into registers, a stage ahead.
 #include <algorithm>
 #include <utility>
 
-#include "kernels/cuda/gemm_stream.cuh"
-#include "kernels/cuda/gemm_tile.cuh"
-#include "kernels/cuda/packed_weight.cuh"
+#include "kernels/cuda/gemm/packed_weight.cuh"
+#include "kernels/cuda/gemm/stream.cuh"
+#include "kernels/cuda/gemm/tile.cuh"
 
 namespace gloam::cuda {
 namespace {

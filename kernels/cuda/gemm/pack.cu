@@ -6,9 +6,9 @@
 #include <cstddef>
 
 #include "base/check.h"
-#include "kernels/cuda/gemm_params.h"
+#include "kernels/cuda/gemm/packed_weight.cuh"
+#include "kernels/cuda/gemm/params.h"
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/packed_weight.cuh"
 #include "kernels/quant_decode.h"
 
 namespace gloam::cuda {

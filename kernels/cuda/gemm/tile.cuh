@@ -1,5 +1,5 @@
 // The tiled product: y = x W^T for many rows of x, with exactly the sums of the streaming product
-// (gemm_stream.cuh) and so the same bits: a row's result does not depend on how many rows a step
+// (stream.cuh) and so the same bits: a row's result does not depend on how many rows a step
 // has. A block makes a tile of 128 rows of W by 32 * kTiles of x: its warps lie four along x, of
 // 8 * kTiles rows of it each. It walks the columns in the streaming product's order: the stages of
 // its warp 0, then of warp 1, ...
@@ -12,8 +12,8 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/cluster.cuh"
-#include "kernels/cuda/gemm_common.cuh"
+#include "kernels/cuda/gemm/cluster.cuh"
+#include "kernels/cuda/gemm/common.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace gloam::cuda {

@@ -1,5 +1,5 @@
-// What the kernels behind GemmBackend (gemm.cc) take, and the functions that launch them. All
-// pointers are on the device; everything is enqueued on the given stream.
+// What the kernels behind GemmBackend (gemm_backend.cc) take, and the functions that launch them.
+// All pointers are on the device; everything is enqueued on the given stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -62,14 +62,14 @@ struct StreamGemmDevice {
   cudaStream_t stream = nullptr;
 };
 
-// gemm_stream_*.cu: y = x W^T; for few rows at the rate at which the device reads the weights, more
+// stream_*.cu: y = x W^T; for few rows at the rate at which the device reads the weights, more
 // take several passes or other kernels. The order of every sum depends on k and the format alone,
 // with quantised weights only where same_sums is set.
 void StreamGemmBF16(const StreamGemmParams& params, const StreamGemmDevice& device);
 void StreamGemmQuantized(WeightType type, const StreamGemmParams& params,
                          const StreamGemmDevice& device);
 
-// gemm_cluster.cu: for more rows; needs has_clusters.
+// cluster_quantized.cu: for more rows; needs has_clusters.
 void ClusterGemmQuantized(WeightType type, const StreamGemmParams& params,
                           const StreamGemmDevice& device);
 
@@ -88,7 +88,7 @@ void Dequantize(const DeviceMatrix& matrix, int64_t first_row, int64_t num_rows,
 // out[i] = row token_ids[i], fp32 or bf16.
 void EmbedRows(const DeviceMatrix& matrix, const int32_t* token_ids, int64_t num_tokens, void* out,
                int64_t out_stride, bool out_is_bf16, cudaStream_t stream);
-// The same of e4m3 weights, made of F32, F16 and BF16: gemm_fp8.cu.
+// The same of e4m3 weights, made of F32, F16 and BF16: stream_fp8.cu.
 int64_t FP8Bytes(int64_t rows, int64_t cols);
 void PackFP8(WeightType type, const void* source, int64_t first_row, int64_t num_rows, int64_t cols,
              void* out, float* row_scales, cudaStream_t stream);

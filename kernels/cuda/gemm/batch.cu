@@ -20,9 +20,9 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/batch_gemm.h"
-#include "kernels/cuda/gated_gemm.h"
-#include "kernels/cuda/gemm_ring.cuh"
+#include "kernels/cuda/gemm/batch.h"
+#include "kernels/cuda/gemm/gated.h"
+#include "kernels/cuda/gemm/ring.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/vectors.cuh"

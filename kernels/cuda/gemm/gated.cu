@@ -10,8 +10,8 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cute/tensor.hpp>
 
-#include "kernels/cuda/gated_gemm.h"
-#include "kernels/cuda/gemm_ring.cuh"
+#include "kernels/cuda/gemm/gated.h"
+#include "kernels/cuda/gemm/ring.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/vectors.cuh"

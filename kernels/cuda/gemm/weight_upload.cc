@@ -1,4 +1,4 @@
-#include "kernels/cuda/weight_upload.h"
+#include "kernels/cuda/gemm/weight_upload.h"
 
 #include <algorithm>
 #include <atomic>
