@@ -10,15 +10,44 @@
 
 namespace gloam {
 
-template <typename Call>
-TimedOps::Entry& TimedOps::Time(const std::string& name, const Call& call) {
-  const auto begin = std::chrono::steady_clock::now();
-  call();
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// A matrix product in the table: what it is called and what it takes.
+struct Product {
+  std::string name;
+  double flops = 0;
+  double weight_bytes = 0;
+
+  void Add(const TensorView& x, const Weight& weight, const char* separator) {
+    name += fmt::format("{}{}x{} {}", separator, weight.rows(), weight.cols(),
+                        InfoOf(weight.type()).name);
+    flops += 2.0 * static_cast<double>(x.shape[0] * weight.rows() * weight.cols());
+    weight_bytes += static_cast<double>(weight.bytes());
+  }
+};
+
+void Count(const Product& product, TimedOps::Entry* entry) {
+  entry->flops += product.flops;
+  entry->weight_bytes += product.weight_bytes;
+}
+
+}  // namespace
+
+TimedOps::Entry& TimedOps::AddCall(const std::string& name, Clock::time_point begin) {
+  const std::chrono::duration<double> elapsed = Clock::now() - begin;
   Entry& entry = entries_[name];
   ++entry.calls;
   entry.seconds += elapsed.count();
   return entry;
+}
+
+template <typename Call>
+TimedOps::Entry& TimedOps::Time(const std::string& name, const Call& call) {
+  const auto begin = Clock::now();
+  call();
+  return AddCall(name, begin);
 }
 
 void TimedOps::Embed(const EmbedParams& params) {
@@ -56,18 +85,20 @@ void TimedOps::Score(const ScoreParams& params) {
 }
 
 void TimedOps::Gemm(const GemmParams& params) {
-  std::string name = "Gemm";
-  double flops = 0, weight_bytes = 0;
+  Product product{.name = "Gemm"};
   for (int i = 0; i < params.num_outputs; ++i) {
-    const Weight& weight = *params.outputs[i].weight;
-    name += fmt::format("{}{}x{} {}", i == 0 ? " " : " + ", weight.rows(), weight.cols(),
-                        InfoOf(weight.type()).name);
-    flops += 2.0 * static_cast<double>(params.x.shape[0] * weight.rows() * weight.cols());
-    weight_bytes += static_cast<double>(weight.bytes());
+    product.Add(params.x, *params.outputs[i].weight, i == 0 ? " " : " + ");
   }
-  Entry& entry = Time(name, [&] { ops_.Gemm(params); });
-  entry.flops += flops;
-  entry.weight_bytes += weight_bytes;
+  Count(product, &Time(product.name, [&] { ops_.Gemm(params); }));
+}
+
+bool TimedOps::GatedGemm(const GatedGemmParams& params) {
+  const auto begin = Clock::now();
+  if (!ops_.GatedGemm(params)) return false;  // Gemm and SiluMul follow
+  Product product{.name = "GatedGemm"};
+  product.Add(params.x, *params.weight, " ");
+  Count(product, &AddCall(product.name, begin));
+  return true;
 }
 
 std::string TimedOps::Report() const {

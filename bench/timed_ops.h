@@ -2,6 +2,7 @@
 // products are told apart by the shape of their weights.
 #pragma once
 
+#include <chrono>
 #include <map>
 #include <string>
 
@@ -31,6 +32,7 @@ class TimedOps final : public ForwardingOps {
   void SiluMul(const SiluMulParams& params) override;
   void GatherRows(const GatherRowsParams& params) override;
   void Gemm(const GemmParams& params) override;
+  bool GatedGemm(const GatedGemmParams& params) override;
   void RopeAppendKv(const RopeKvParams& params) override;
   void Attention(const AttentionParams& params) override;
   void UpdateSidecars(const UpdateSidecarsParams& params) override;
@@ -40,6 +42,8 @@ class TimedOps final : public ForwardingOps {
   void Score(const ScoreParams& params) override;
 
  private:
+  // Adds a call that began then to the entry `name`, which it returns.
+  Entry& AddCall(const std::string& name, std::chrono::steady_clock::time_point begin);
   // Runs `call` and adds its time to the entry `name`, which it returns.
   template <typename Call>
   Entry& Time(const std::string& name, const Call& call);

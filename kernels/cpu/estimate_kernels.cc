@@ -29,6 +29,7 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/estimate_kernels.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+#include "kernels/cpu/vectors-inl.h"
 
 #ifndef GLOAM_ESTIMATE_ONCE
 #define GLOAM_ESTIMATE_ONCE
@@ -55,18 +56,7 @@ namespace HWY_NAMESPACE {
 namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Sixteen tokens or channels are kStrips vectors.
-using DF = hn::CappedTag<float, kBlockTokens>;
-using DI = hn::Rebind<int32_t, DF>;
-using DU = hn::Rebind<uint32_t, DF>;
-using VF = hn::Vec<DF>;
-using VI = hn::Vec<DI>;
-using VU = hn::Vec<DU>;
-constexpr DF df;
-constexpr DI di;
-constexpr DU du;
-constexpr int kLanes = static_cast<int>(hn::MaxLanes(df));
-constexpr int kStrips = kBlockTokens / kLanes;
+static_assert(kBlockTokens == kNeighbours);
 
 // ---- Dot products of four quants (at most 15) and four signed weights per lane, exact ---------
 //
@@ -91,42 +81,12 @@ struct Dot {
 
 #else
 
-#if HWY_TARGET == HWY_AVX3
-inline __m512i MulPairs(__m512i n, __m512i w) { return _mm512_maddubs_epi16(n, w); }
-inline __m512i AddPairs(__m512i p, __m512i f) { return _mm512_madd_epi16(p, f); }
-#elif HWY_TARGET == HWY_AVX2
-inline __m256i MulPairs(__m256i n, __m256i w) { return _mm256_maddubs_epi16(n, w); }
-inline __m256i AddPairs(__m256i p, __m256i f) { return _mm256_madd_epi16(p, f); }
-#elif HWY_TARGET == HWY_SSE2
-// Products of bytes in two halves of int16.
-inline __m128i MulPairs(__m128i n, __m128i w) {
-  const __m128i low = _mm_set1_epi16(0xff);
-  const __m128i even =
-      _mm_mullo_epi16(_mm_and_si128(n, low), _mm_srai_epi16(_mm_slli_epi16(w, 8), 8));
-  const __m128i odd = _mm_mullo_epi16(_mm_srli_epi16(n, 8), _mm_srai_epi16(w, 8));
-  return _mm_add_epi16(even, odd);
-}
-inline __m128i AddPairs(__m128i p, __m128i f) { return _mm_madd_epi16(p, f); }
-#else
-inline __m128i MulPairs(__m128i n, __m128i w) { return _mm_maddubs_epi16(n, w); }
-inline __m128i AddPairs(__m128i p, __m128i f) { return _mm_madd_epi16(p, f); }
-#endif
-
 // Sums stay in pairs of int16 until Total.
 struct Dot {
   static VI MulAdd(VI sum, VU quads, const int8_t* weights) {
     constexpr hn::Repartition<int16_t, DI> d16;
-    int32_t four;
-    std::memcpy(&four, weights, sizeof(four));
-    const VI pairs = VI{MulPairs(quads.raw, hn::Set(di, four).raw)};
-    sum = hn::BitCast(di, hn::Add(hn::BitCast(d16, sum), hn::BitCast(d16, pairs)));
-    // GCC would add many products as a tree, for which there are not the registers.
-#if HWY_TARGET == HWY_AVX3
-    asm("" : "+v"(sum.raw));
-#else
-    asm("" : "+x"(sum.raw));
-#endif
-    return sum;
+    const VI pairs = VI{MulPairs(quads.raw, BroadcastFour(weights).raw)};
+    return InOrder(hn::BitCast(di, hn::Add(hn::BitCast(d16, sum), hn::BitCast(d16, pairs))));
   }
   static VI Total(VI sum) { return VI{AddPairs(sum.raw, hn::Set(di, 0x00010001).raw)}; }
 };

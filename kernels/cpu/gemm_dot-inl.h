@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/cpu/gemm_vectors-inl.h"
+#include "kernels/cpu/vectors-inl.h"
 
 #if defined(GLOAM_GEMM_DOT_INL_H) == defined(HWY_TARGET_TOGGLE)
 #ifdef GLOAM_GEMM_DOT_INL_H
@@ -46,38 +46,9 @@ struct Dot {
 
 #else
 
-#if HWY_TARGET == HWY_AVX3
-inline __m512i MulPairs(__m512i w, __m512i a) { return _mm512_maddubs_epi16(w, a); }
-inline __m512i AddPairs(__m512i p, __m512i f) { return _mm512_madd_epi16(p, f); }
-#elif HWY_TARGET == HWY_AVX2
-inline __m256i MulPairs(__m256i w, __m256i a) { return _mm256_maddubs_epi16(w, a); }
-inline __m256i AddPairs(__m256i p, __m256i f) { return _mm256_madd_epi16(p, f); }
-#else
-inline __m128i MulPairs(__m128i w, __m128i a) { return _mm_maddubs_epi16(w, a); }
-inline __m128i AddPairs(__m128i p, __m128i f) { return _mm_madd_epi16(p, f); }
-#endif
-
 using DS = hn::Repartition<int16_t, DF>;
 using VS = hn::Vec<DS>;
 constexpr DS ds;
-
-inline VI BroadcastFour(const int8_t* activations) {
-  int32_t four;
-  std::memcpy(&four, activations, sizeof(four));
-  return hn::Set(di, four);
-}
-
-// Keeps an integer sum where it is: GCC would add many products as a tree, for which there are not
-// the registers.
-template <typename V>
-HWY_INLINE V InOrder(V sum) {
-#if HWY_TARGET == HWY_AVX3
-  asm("" : "+v"(sum.raw));
-#else
-  asm("" : "+x"(sum.raw));
-#endif
-  return sum;
-}
 
 inline VI AddBothHalves(VI sum, VS pairs) {
   return InOrder(hn::Add(sum, VI{AddPairs(pairs.raw, hn::Set(ds, 1).raw)}));

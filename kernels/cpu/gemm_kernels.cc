@@ -17,7 +17,7 @@
 
 #include "kernels/cpu/gemm_dot-inl.h"
 #include "kernels/cpu/gemm_unpack-inl.h"
-#include "kernels/cpu/gemm_vectors-inl.h"
+#include "kernels/cpu/vectors-inl.h"
 
 #ifndef GLOAM_GEMM_KERNELS_ONCE
 #define GLOAM_GEMM_KERNELS_ONCE
@@ -35,7 +35,7 @@ namespace {
 
 // A register tile: rows of activations times strips of the panel, with two accumulators each. With
 // the 16 registers of AVX2, those that wait for the end of a run lie in the L1 cache.
-constexpr int kStrips = kPanelRows / kLanes;
+static_assert(kPanelRows == kNeighbours);
 constexpr int kTileRows = HWY_TARGET == HWY_AVX3 ? 8 : 4;
 constexpr int kTileStrips = HWY_TARGET == HWY_AVX2 ? 2 : 1;
 

@@ -4,9 +4,9 @@
 #include <cstring>
 
 #include "base/check.h"
-#include "kernels/cpu/gemm_vectors-inl.h"
 #include "kernels/cpu/packed_weight.h"
 #include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/vectors-inl.h"
 
 #ifndef GLOAM_GEMM_UNPACK_ONCE
 #define GLOAM_GEMM_UNPACK_ONCE
