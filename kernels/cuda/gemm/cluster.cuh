@@ -34,6 +34,20 @@ __device__ __forceinline__ float4 LoadFromBlock(uint32_t address, int rank) {
   return out;
 }
 
+// The sum of parts 0, 1, ... of four floats each: every block of the cluster has `per_block` of
+// them, the first at `address` of its shared memory, the others `part_bytes` after one another.
+__device__ __forceinline__ float4 SumOfParts(uint32_t address, int num_parts, int per_block = 1,
+                                             int part_bytes = 0) {
+  float4 sum = LoadFromBlock(address, 0);
+#pragma unroll
+  for (int i = 1; i < kMaxClusterBlocks; ++i) {
+    if (i >= num_parts) break;
+    const float4 part = LoadFromBlock(address + i % per_block * part_bytes, i / per_block);
+    sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+  }
+  return sum;
+}
+
 using ClusterCounts = std::array<int, kMaxClusterBlocks + 1>;  // by blocks of a cluster
 
 // Clusters of each size that the device runs at a time.

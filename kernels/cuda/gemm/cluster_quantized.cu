@@ -8,8 +8,7 @@
 // W. FLOPs: 2 m n k, by mma.sync.
 #include <algorithm>
 
-#include "kernels/cuda/gemm/cluster.cuh"
-#include "kernels/cuda/gemm/common.cuh"
+#include "kernels/cuda/gemm/cluster_sums.cuh"
 #include "kernels/cuda/gemm/packed_weight.cuh"
 #include "kernels/cuda/launch.cuh"
 
@@ -192,29 +191,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       sums[token * kSumStride + row] = acc[n][c];
     }
   }
-  SyncCluster();
-  // Four rows of W at a time; the blocks take turns.
-  constexpr int kQuads = kBlockRows / 4;
-  const int num_tokens = min(kTokens, params.m - first_token);
-  for (int i = rank * kThreads + threadIdx.x; i < num_tokens * kQuads; i += num_ranks * kThreads) {
-    const int token = i / kQuads;
-    const int row = i % kQuads * 4;
-    const int unit = first_unit + row / kUnitRows;
-    if (unit >= params.num_units) continue;
-    float4 value = {};
-    for (int from = 0; from < num_ranks; ++from) {
-      const float4 part = LoadFromBlock(SharedAddress(sums + token * kSumStride + row), from);
-      value.x += part.x;
-      value.y += part.y;
-      value.z += part.z;
-      value.w += part.w;
-    }
-    StoreOutput<ClusterFormat>(params, unit, row % kUnitRows, first_token + token, value.x);
-    StoreOutput<ClusterFormat>(params, unit, row % kUnitRows + 1, first_token + token, value.y);
-    StoreOutput<ClusterFormat>(params, unit, row % kUnitRows + 2, first_token + token, value.z);
-    StoreOutput<ClusterFormat>(params, unit, row % kUnitRows + 3, first_token + token, value.w);
-  }
-  SyncCluster();  // nobody reads here any more
+  StoreClusterSums<ClusterFormat, kBlockRows, kTokens, kSumStride>(params, first_unit, first_token,
+                                                                   sums, num_ranks, 1);
 }
 
 template <WeightType kType, int kTiles>

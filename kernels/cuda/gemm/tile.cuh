@@ -12,8 +12,7 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/gemm/cluster.cuh"
-#include "kernels/cuda/gemm/common.cuh"
+#include "kernels/cuda/gemm/cluster_sums.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace gloam::cuda {
@@ -191,32 +190,8 @@ __global__ void __launch_bounds__(TileShape<Format, kTiles, kWarps>::kThreads, 1
     });
     return;
   }
-  SyncCluster();
-  // Four rows of W at a time; the blocks take turns.
-  constexpr int kQuads = T::kRows / 4;
-  const int num_tokens = min(T::kTokens, params.m - first_token);
-  for (int i = blockIdx.x * T::kThreads + threadIdx.x; i < num_tokens * kQuads;
-       i += num_ranks * T::kThreads) {
-    const int token = i / kQuads;
-    const int row = i % kQuads * 4;
-    const int unit = first_unit + row / kUnitRows;
-    if (unit >= params.num_units) continue;
-    const uint32_t here = SharedAddress(parts + token * T::kSumStride + row);
-    float4 value = {};
-#pragma unroll
-    for (int part = 0; part < kSumParts; ++part) {
-      const float4 sum = LoadFromBlock(here + part % own_parts * T::kSumBytes, part / own_parts);
-      value.x += sum.x;
-      value.y += sum.y;
-      value.z += sum.z;
-      value.w += sum.w;
-    }
-    StoreOutput<Format>(params, unit, row % kUnitRows, first_token + token, value.x);
-    StoreOutput<Format>(params, unit, row % kUnitRows + 1, first_token + token, value.y);
-    StoreOutput<Format>(params, unit, row % kUnitRows + 2, first_token + token, value.z);
-    StoreOutput<Format>(params, unit, row % kUnitRows + 3, first_token + token, value.w);
-  }
-  SyncCluster();  // nobody reads here any more
+  StoreClusterSums<Format, T::kRows, T::kTokens, T::kSumStride>(params, first_unit, first_token,
+                                                                parts, kSumParts, own_parts);
 }
 
 template <typename Format, int kTiles, int kWarps>
