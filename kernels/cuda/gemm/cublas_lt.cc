@@ -146,6 +146,11 @@ std::unique_ptr<CublasLt::Plan> CublasLt::MakePlan(const PlainProduct& product) 
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<uint32_t>(Alignment(product.x)));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(Alignment(product.y)));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<uint32_t>(Alignment(product.y)));
+  // Split sums meet in fp32, not in y's type.
+  if (product.y_is_bf16) {
+    set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+        static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+  }
   std::array<cublasLtMatmulHeuristicResult_t, 8> results = {};
   int num_results = 0;
   const cublasStatus_t status =
