@@ -7,7 +7,6 @@
 
 #include "base/check.h"
 #include "kernels/cuda/cuda_kernels.h"
-#include "kernels/cuda/gemm/batch.h"
 #include "kernels/cuda/gemm/cublas_lt.h"
 #include "kernels/cuda/gemm/gated.h"
 #include "kernels/cuda/gemm/ordered.h"
@@ -21,10 +20,13 @@ namespace {
 
 // Most rows of x that the streaming kernels take before cuBLASLt is faster.
 constexpr int64_t kMaxStreamedBF16 = 16;
-// Of these, rows that the kernel of batch-invariant mode takes sooner, of large weights. A layer of
+// Rows of x that the kernel of batch-invariant mode takes in any mode, of large bf16 weights: fewer
+// are streamed, of more gated products are made in other kernels and others by cuBLASLt. A layer of
 // Llama-3.1-8B on an H100 (2026-11-26), us, streamed and with that kernel: 4 rows 151.5 and 152.5,
 // 8 rows 155.6 and 152.3, 16 rows 163.3 and 152.9.
 constexpr int64_t kMinOrdered = 8;
+constexpr int64_t kMaxOrdered = 64;
+constexpr int64_t kMaxOrderedGated = 256;
 constexpr int64_t kMinOrderedElements = 8 << 20;
 // For cuBLASLt, packed weights are dequantised each time.
 constexpr int64_t kMaxStreamedFP8 = 96;
@@ -151,7 +153,7 @@ class CudaGemm final : public GemmBackend {
     for (int i = 0; i < params.num_outputs; ++i) {
       if (is_done[i]) continue;
       const DeviceMatrix& first = MatrixOf(params.outputs[i].weight);
-      if (IsOrdered(first, params.x.shape[0])) {
+      if (IsOrdered(first, params.x.shape[0], kMaxOrdered)) {
         MultiplyInOrder(params.x, params.outputs[i]);
         continue;
       }
@@ -180,16 +182,12 @@ class CudaGemm final : public GemmBackend {
     GLOAM_CHECK(2 * y.shape[1] == matrix.rows);
     if (context_.compute_capability != 90 || matrix.format != DeviceFormat::kBF16) return false;
     const PlainProduct product = ProductOf(x, matrix, y);
-    if (IsOrdered(matrix, product.m)) {
+    if (IsOrdered(matrix, product.m, kMaxOrderedGated)) {
       if (product.n % 8 != 0) return false;
       MultiplyOrderedGated(product, context_.num_sms, context_.stream);
       return true;
     }
     if (IsStreamed(matrix, product.m)) return false;
-    if (TakesGatedBatch(product, context_.num_sms)) {
-      MultiplyGatedBatch(product, context_.num_sms, context_.stream);
-      return true;
-    }
     if (product.m < kMinGated || product.n % kGatedColumns != 0 ||
         product.k % kGatedChannels != 0) {
       return false;
@@ -215,13 +213,14 @@ class CudaGemm final : public GemmBackend {
     return m <= kMaxStreamedQuantized;
   }
 
-  bool IsOrdered(const DeviceMatrix& matrix, int64_t m) const {
+  // `most`: rows in normal mode.
+  bool IsOrdered(const DeviceMatrix& matrix, int64_t m, int64_t most) const {
     if (!GLOAM_WITH_HOPPER_KERNELS || context_.compute_capability != 90 ||
         matrix.format != DeviceFormat::kBF16) {
       return false;
     }
-    return context_.options.batch_invariant || (m >= kMinOrdered && m <= kMaxStreamedBF16 &&
-                                                matrix.rows * matrix.cols >= kMinOrderedElements);
+    return context_.options.batch_invariant ||
+           (m >= kMinOrdered && m <= most && matrix.rows * matrix.cols >= kMinOrderedElements);
   }
 
   Status PrepareLarge(bool dequantizes) {
@@ -327,13 +326,6 @@ class CudaGemm final : public GemmBackend {
   void MultiplyLarge(const TensorView& x, const GemmOutput& output) {
     const DeviceMatrix& matrix = MatrixOf(output.weight);
     PlainProduct product = ProductOf(x, output);
-#if GLOAM_WITH_HOPPER_KERNELS
-    if (matrix.format == DeviceFormat::kBF16 && context_.compute_capability == 90 &&
-        TakesBatch(product, context_.num_sms)) {
-      MultiplyBatch(product, context_.num_sms, context_.stream);
-      return;
-    }
-#endif
     if (product.bias != nullptr && product.y_is_bf16) {
       BroadcastBias(product.bias, product.y, product.y_stride, true, product.accumulate, product.m,
                     product.n, context_.stream);

@@ -1,24 +1,23 @@
-// y = x W^T for any number of rows of x with one order of summation: an element is the sum of one
-// or two parts of the columns (PartsOf), in ascending order, and a part is a single chain of
-// wgmma's sums, 16 columns at a time, which does not know how many rows of x (the instruction's
-// columns) there are. Few rows of x are bound by the time to read W, many by the tensor cores; a
-// chain's link takes 90 cycles at least, so that W with few rows would be bound by that were it one
-// chain.
+// y = x W^T with bf16 weights, for any number of rows of x with one order of summation: an element
+// is the sum of one or two parts of the columns (PartsOf), in ascending order, and a part is a
+// single chain of wgmma's sums, 16 columns at a time, which does not know how many rows of x (the
+// instruction's columns) there are. Few rows of x are bound by the time to read W, many by the
+// tensor cores; a chain's link takes 90 cycles at least, so that W with few rows would be bound by
+// that were it one chain.
 //
-// W's rows are the 64 rows of wgmma and x's rows its columns, 8 to 256 of them. A thread block
-// computes tiles of up to 64 rows of W a warp group, as few as let every SM have its part of W: the
-// rows that a tile lacks cost nothing but products that nobody stores. One thread brings 64
-// channels at a time of W and x through a ring in shared memory.
-//
-// Up to 256 rows of x each part has a block of a cluster (kSplit): they add their sums up out of
-// each other's shared memory. More rows are cut into tiles, a thread block computes the parts one
-// after the other (kParts), two blocks of a cluster share what they read of x, and bands of tiles
-// stay in L2 while W streams by.
-//
-// Of a gated product, 8 rows of the gate and the same 8 of the up take turns in a tile: wgmma
-// leaves both of an element in the same thread.
-//
-// W never changes: the ring is filled with it before earlier kernels are done.
+// The data's way. A thread block computes tiles of some rows of W by 8 to 256 rows of x. One thread
+// brings 64 channels at a time of both through a ring in shared memory, of x no more rows than
+// there are; one or two warp groups multiply out of it. W's rows are wgmma's, of which a group has
+// 64; a tile has as few of them as let every SM have its part of W: what it lacks costs nothing but
+// products that nobody stores. W never changes: the ring is filled with it before earlier kernels
+// are done.
+//   kPlain, kGated  One part. Of a gated product, 8 rows of the gate and the same 8 of the up take
+//                   turns in a tile: wgmma leaves both of an element in the same thread.
+//   kSplit          Up to 256 rows of x: each part has a block of a cluster. They add their sums up
+//                   out of each other's shared memory.
+//   kParts          More rows of x: a block computes the parts one after the other.
+// Where x has many rows, two blocks of a cluster have neighbouring tiles of W and share what they
+// read of x, and bands of tiles stay in L2 while W streams by.
 //
 // Bytes: those of W, for up to 256 rows of x; from L2, x for every tile. FLOPs: 2 m n k.
 #include <cutlass/arch/barrier.h>
@@ -38,13 +37,14 @@
 namespace gloam::cuda {
 namespace {
 
-using cute::_1, cute::_64, cute::Int;
+using cute::_64, cute::Int;
 using Element = cute::bfloat16_t;
 namespace GMMA = cute::SM90::GMMA;
 
-constexpr int kGroupRows = 64;     // of W, a warp group
-constexpr int kMaxGroups = 2;      // of warps that multiply
-constexpr int kTileChannels = 64;  // 128 bytes, the width of a swizzled row
+constexpr int kGroupRows = 64;                      // of W, a warp group
+constexpr int kMaxGroups = 2;                       // of warps that multiply
+constexpr int kTileRows = kMaxGroups * kGroupRows;  // at most
+constexpr int kTileChannels = 64;                   // 128 bytes, the width of a swizzled row
 constexpr int kGroupThreads = 128;
 constexpr int kRingBytes = 224 << 10;
 // Tiles of x's rows that are computed at about the same time.
@@ -55,37 +55,6 @@ constexpr int kMaxParts = 2;
 // (4096 x 4096) 15.5, 23, 114 and 14.7, 16.4, 150. Four parts are no faster: clusters of four
 // blocks wait for each other's SMs.
 constexpr int kMaxPartedRows = 5120;
-
-template <int kTokens>
-struct Multiply64;
-template <>
-struct Multiply64<8> {
-  using Atom = GMMA::MMA_64x8x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>;
-};
-template <>
-struct Multiply64<16> {
-  using Atom = GMMA::MMA_64x16x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>;
-};
-template <>
-struct Multiply64<32> {
-  using Atom = GMMA::MMA_64x32x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>;
-};
-template <>
-struct Multiply64<64> {
-  using Atom = GMMA::MMA_64x64x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>;
-};
-template <>
-struct Multiply64<128> {
-  using Atom = GMMA::MMA_64x128x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>;
-};
-template <>
-struct Multiply64<192> {
-  using Atom = GMMA::MMA_64x192x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>;
-};
-template <>
-struct Multiply64<256> {
-  using Atom = GMMA::MMA_64x256x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>;
-};
 
 enum class Kind : uint8_t {
   kPlain,  // one part
@@ -99,32 +68,33 @@ template <int kTokens, Kind kKind>
 struct Config {
   static constexpr int kShare =
       kKind != Kind::kSplit && kTokens >= 128 ? 2 : 1;  // blocks with one x
-  static constexpr int kStageBytes = (kMaxGroups * kGroupRows + kTokens) * kTileChannels * 2;
+  static constexpr int kStageBytes = (kTileRows + kTokens) * kTileChannels * 2;
   static constexpr int kStages = kRingBytes / kStageBytes;
-  // Many columns need more registers than an even share: the loading threads, a warp group then,
+  // Sums and totals need more registers than an even share: the loading threads, a warp group then,
   // give theirs.
-  static constexpr bool kMovesRegisters = kTokens >= 128;
+  static constexpr bool kMovesRegisters = kKind == Kind::kParts;
   static constexpr int kLoadThreads = kMovesRegisters ? kGroupThreads : kWarpThreads;
   static constexpr int kMaxThreads = kMaxGroups * kGroupThreads + kLoadThreads;
 
-  using Ring = Int<kStages>;
-  using SwizzledRows = GMMA::Layout_K_SW128_Atom<Element>;
-  using LayoutW =
-      decltype(cute::tile_to_shape(SwizzledRows{}, cute::Shape<Int<kGroupRows>, _64, Ring>{}));
-  using LayoutX =
-      decltype(cute::tile_to_shape(SwizzledRows{}, cute::Shape<Int<kTokens>, _64, Ring>{}));
-  using Mma = decltype(cute::make_tiled_mma(typename Multiply64<kTokens>::Atom{},
-                                            cute::Layout<cute::Shape<_1, _1, _1>>{}));
+  // A stage of what a warp group multiplies.
+  template <int kRows, int kStride>
+  using Layout = decltype(cute::append<3>(
+      cute::tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, cute::Shape<Int<kRows>, _64>{}),
+      cute::Layout<Int<kStages>, Int<kStride * kTileChannels>>{}));
+  using LayoutW = Layout<kGroupRows, kTileRows>;
+  using LayoutX = Layout<kTokens, kTokens>;
+  using Mma = decltype(cute::make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<_64, Int<kTokens>, _64>>()));
 };
 
-constexpr int kSumStride = kMaxGroups * kGroupRows + 4;  // keeps a warp's writes off each other
+constexpr int kSumStride = kTileRows + 4;  // keeps a warp's writes off each other
 
 template <int kTokens, Kind kKind>
 struct alignas(1024) Shared {
   static constexpr int kStages = Config<kTokens, kKind>::kStages;
 
   struct Ring {
-    Element w[kMaxGroups][kStages][kGroupRows * kTileChannels];
+    Element w[kStages][kTileRows * kTileChannels];
     Element x[kStages][kTokens * kTileChannels];
   };
   union {
@@ -146,13 +116,14 @@ struct KernelParams {
   int m, n;         // of y
   int group_rows;   // of W that a warp group multiplies, at most 64
   int num_groups;   // warp groups that multiply
+  int x_rows;       // of x that a block loads; those of a tile beyond are left as they are
   int num_steps;    // of 64 channels
   int num_parts;    // of them
   int row_units;    // tiles of W's rows, or a cluster's
   int token_tiles;  // of x's rows
   bool y_is_bf16;
-  bool y_has_pairs;  // of bf16, aligned to their size
-  bool y_has_quads;  // of fp32, likewise
+  bool y_has_pairs;  // of columns, aligned to the size of two bf16
+  bool y_has_quads;  // likewise of fp32
   bool accumulate;
 };
 
@@ -206,7 +177,7 @@ class Loader {
 
   __device__ __forceinline__ void Run() {
     const uint32_t stage_bytes =
-        (p_.num_groups * p_.group_rows + kTokens) * kTileChannels * sizeof(Element);
+        (p_.num_groups * p_.group_rows + kShare * p_.x_rows) * kTileChannels * sizeof(Element);
     Cursor at(p_);
     int num_early = 0;
     for (; num_early < kStages && !at.tiles.done(); ++num_early) {
@@ -269,15 +240,12 @@ class Loader {
     const auto hint =
         static_cast<uint64_t>(p_.token_tiles == 1 ? cute::TMA::CacheHintSm90::EVICT_FIRST
                                                   : cute::TMA::CacheHintSm90::EVICT_NORMAL);
-    for (int group = 0; group < p_.num_groups; ++group) {
-      Element* to = shared_.ring.w[group][stage];
-      const int channel = at.step * kTileChannels;
-      const int row = at.tile.row + group * p_.group_rows;
-      if constexpr (kKind == Kind::kGated) {
-        cute::SM90_TMA_LOAD_4D::copy(&p_.w, Full(stage), hint, to, channel, 0, 0, row / 16);
-      } else {
-        cute::SM90_TMA_LOAD_2D::copy(&p_.w, Full(stage), hint, to, channel, row);
-      }
+    const int channel = at.step * kTileChannels;
+    Element* to = shared_.ring.w[stage];
+    if constexpr (kKind == Kind::kGated) {
+      cute::SM90_TMA_LOAD_4D::copy(&p_.w, Full(stage), hint, to, channel, 0, 0, at.tile.row / 16);
+    } else {
+      cute::SM90_TMA_LOAD_2D::copy(&p_.w, Full(stage), hint, to, channel, at.tile.row);
     }
   }
 
@@ -288,9 +256,8 @@ class Loader {
     if constexpr (kShare == 1) {
       cute::SM90_TMA_LOAD_2D::copy(&p_.x, Full(stage), kHint, to, channel, at.tile.token);
     } else {
-      constexpr int kPart = kTokens / kShare;
       constexpr uint16_t kAll = (1 << kShare) - 1;
-      const int first = static_cast<int>(blockIdx.x) % kShare * kPart;
+      const int first = static_cast<int>(blockIdx.x) % kShare * p_.x_rows;
       cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&p_.x, Full(stage), kAll, kHint,
                                              to + first * kTileChannels, channel,
                                              at.tile.token + first);
@@ -301,8 +268,14 @@ class Loader {
   Shared<kTokens, kKind>& shared_;
 };
 
-__device__ __forceinline__ float4 Added(const float4& a, const float4& b) {
-  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+// y += x without waiting for what y was; this thread alone writes there.
+__device__ __forceinline__ void AddTo(float* y, float x) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(y), "f"(x) : "memory");
+}
+__device__ __forceinline__ void AddTo(float4* y, const float4& x) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(y), "f"(x.x),
+               "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
 }
 
 // What the threads that multiply do; `thread` counts a warp group's. Sums lie as wgmma leaves them:
@@ -324,8 +297,9 @@ class Multiplier {
   __device__ __forceinline__ void Run() {
     typename Shape::Mma mma;
     const auto slice = mma.get_slice(thread_);
-    const auto w = slice.partition_fragment_A(cute::make_tensor(
-        cute::make_smem_ptr(shared_.ring.w[group_][0]), typename Shape::LayoutW{}));
+    const Element* own_w = shared_.ring.w[0] + group_ * p_.group_rows * kTileChannels;
+    const auto w = slice.partition_fragment_A(
+        cute::make_tensor(cute::make_smem_ptr(own_w), typename Shape::LayoutW{}));
     const auto x = slice.partition_fragment_B(
         cute::make_tensor(cute::make_smem_ptr(shared_.ring.x[0]), typename Shape::LayoutX{}));
     auto sums = cute::partition_fragment_C(mma, cute::Shape<_64, Int<kTokens>>{});
@@ -369,7 +343,8 @@ class Multiplier {
          i += p_.num_parts * num_threads) {
       const int token = i / quads;
       const int row = i % quads * 4;
-      WriteQuad(token, tile.row + row, Summed(token, row));
+      WriteQuad(token, tile.row + row,
+                SumOfParts(SharedAddress(&shared_.sums[token][row]), p_.num_parts));
     }
   }
 
@@ -402,52 +377,49 @@ class Multiplier {
     }
   }
 
-  // Four rows of W.
-  __device__ __forceinline__ float4 Summed(int token, int row) const {
-    const uint32_t here = SharedAddress(&shared_.sums[token][row]);
-    float4 parts[kMaxParts];
+  // Four rows of W, from `row` of all.
+  __device__ __forceinline__ void WriteQuad(int token, int row, const float4& sum) const {
+    float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+    if (p_.bias != nullptr) {
 #pragma unroll
-    for (int i = 0; i < kMaxParts; ++i) {
-      if (i < p_.num_parts) parts[i] = LoadFromBlock(here, i);
-    }
-    float4 sum = parts[0];
-#pragma unroll
-    for (int i = 1; i < kMaxParts; ++i) {
-      if (i < p_.num_parts) sum = Added(sum, parts[i]);
-    }
-    return sum;
-  }
-
-  __device__ __forceinline__ void WriteQuad(int token, int row, float4 sum) const {
-    float* y = static_cast<float*>(p_.y) + token * p_.y_stride + row;
-    if (p_.y_has_quads && row + 4 <= p_.n) {
-      if (p_.bias != nullptr) {
-        sum = Added(sum, {p_.bias[row], p_.bias[row + 1], p_.bias[row + 2], p_.bias[row + 3]});
+      for (int i = 0; i < 4; ++i) {
+        if (row + i < p_.n) sums[i] += p_.bias[row + i];
       }
-      if (p_.accumulate) sum = Added(sum, *reinterpret_cast<const float4*>(y));
-      *reinterpret_cast<float4*>(y) = sum;
+    }
+    float* y = static_cast<float*>(p_.y) + token * p_.y_stride + row;
+    if (p_.y_has_quads) {
+      if (row < p_.n) Put(reinterpret_cast<float4*>(y), {sums[0], sums[1], sums[2], sums[3]});
       return;
     }
-    const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (row + i >= p_.n) break;
-      float value = sums[i];
-      if (p_.bias != nullptr) value += p_.bias[row + i];
-      y[i] = p_.accumulate ? value + y[i] : value;
+      if (row + i < p_.n) Put(y + i, sums[i]);
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void Put(T* y, const T& value) const {
+    if (p_.accumulate) {
+      AddTo(y, value);
+    } else {
+      *y = value;
     }
   }
 
   template <typename Sums>
   __device__ __forceinline__ void Store(const Tile& tile, Sums& sums) const {
-    if (warp_row_ >= p_.group_rows) return;
     const int first = tile.row + group_ * p_.group_rows + warp_row_;
     if constexpr (kKind == Kind::kGated) {
+      if (warp_row_ >= p_.group_rows) return;
       StorePairs(first / 2, tile.token,
                  [&](int i, int j) { return SiluTimes(sums(4 * i + j), sums(4 * i + 2 + j)); });
     } else {
-      StoreRows(first, tile.token, 0, sums);
-      if (warp_row_ + 8 < p_.group_rows) StoreRows(first + 8, tile.token, 1, sums);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (warp_row_ + 8 * half < p_.group_rows) {
+          StoreRows(first + 8 * half, tile.token, half, sums);
+        }
+      }
     }
   }
 
@@ -455,60 +427,45 @@ class Multiplier {
   template <typename Sums>
   __device__ __forceinline__ void StoreRows(int first_row, int first_token, int half,
                                             Sums& sums) const {
+    const int row = first_row + g_;
     if (p_.bias != nullptr) {
-      const float bias = first_row + g_ < p_.n ? p_.bias[first_row + g_] : 0.0f;
+      const float bias = row < p_.n ? p_.bias[row] : 0.0f;
 #pragma unroll
       for (int i = 0; i < kTokens / 8; ++i) {
         sums(4 * i + 2 * half) += bias;
         sums(4 * i + 2 * half + 1) += bias;
       }
     }
+    const auto value = [&](int i, int j) { return sums(4 * i + 2 * half + j); };
     if (!p_.y_is_bf16) {
-      StoreElements<float>(first_row, first_token, half, sums);
-    } else if (p_.accumulate) {
-      StoreElements<__nv_bfloat16>(first_row, first_token, half, sums);
+      StoreElements<float>(row, first_token, value, [&](float* y, float x) { Put(y, x); });
+    } else if (p_.accumulate || !p_.y_has_pairs) {
+      StoreElements<__nv_bfloat16>(row, first_token, value, [&](__nv_bfloat16* y, float x) {
+        *y = __float2bfloat16(p_.accumulate ? __bfloat162float(*y) + x : x);
+      });
     } else {
-      StorePairs(first_row, first_token, [&](int i, int j) { return sums(4 * i + 2 * half + j); });
+      StorePairs(first_row, first_token, value);
     }
   }
 
-  // Reads what there is of a few elements before it writes them: their latencies overlap.
-  template <typename T, typename Sums>
-  __device__ __forceinline__ void StoreElements(int first_row, int first_token, int half,
-                                                const Sums& sums) const {
-    constexpr int kAtOnce = kTokens >= 64 ? 8 : kTokens / 8;
-    const int row = first_row + g_;
+  // value(i, j): of row g, column 8 i + 2t + j.
+  template <typename T, typename Value, typename PutElement>
+  __device__ __forceinline__ void StoreElements(int row, int first_token, const Value& value,
+                                                const PutElement& put) const {
     if (row >= p_.n) return;
     const int own_token = first_token + 2 * t_;
     T* y = static_cast<T*>(p_.y) + own_token * p_.y_stride + row;
 #pragma unroll
-    for (int begin = 0; begin < kTokens / 8; begin += kAtOnce) {
-      float values[kAtOnce][2];
+    for (int i = 0; i < kTokens / 8; ++i) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int offset = 8 * (begin + i) + j;
-          values[i][j] = sums(4 * (begin + i) + 2 * half + j);
-          if (p_.accumulate && own_token + offset < p_.m) {
-            values[i][j] += static_cast<float>(y[offset * p_.y_stride]);
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int offset = 8 * (begin + i) + j;
-          if (own_token + offset < p_.m) {
-            y[offset * p_.y_stride] = static_cast<T>(values[i][j]);
-          }
-        }
+      for (int j = 0; j < 2; ++j) {
+        const int offset = 8 * i + j;
+        if (own_token + offset < p_.m) put(y + offset * p_.y_stride, value(i, j));
       }
     }
   }
 
-  // bf16: neighbouring elements of a row of y together. value(i, j): of row g, column 8 i + 2t + j.
+  // bf16: neighbouring elements of a row of y together.
   template <typename Value>
   __device__ __forceinline__ void StorePairs(int first_row, int first_token,
                                              const Value& value) const {
@@ -518,13 +475,8 @@ class Multiplier {
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
       const uint32_t pair = Transpose8x8(PackBf16(value(i, 0), value(i, 1)));
-      const bool has_token = own_token + 8 * i < p_.m;
-      __nv_bfloat16* to = y + 8 * i * p_.y_stride;
-      if (p_.y_has_pairs && row + 1 < p_.n) {
-        if (has_token) *reinterpret_cast<uint32_t*>(to) = pair;
-      } else if (has_token) {
-        if (row < p_.n) to[0] = __ushort_as_bfloat16(static_cast<uint16_t>(pair));
-        if (row + 1 < p_.n) to[1] = __ushort_as_bfloat16(static_cast<uint16_t>(pair >> 16));
+      if (row < p_.n && own_token + 8 * i < p_.m) {
+        *reinterpret_cast<uint32_t*>(y + 8 * i * p_.y_stride) = pair;
       }
     }
   }
@@ -608,6 +560,19 @@ RowShape FindRowShape(int64_t num_rows, int unit_rows, int tokens, int token_til
   return best;
 }
 
+// What a block loads of a tile of x. A box beyond x's last row is slow: 64 rows in two boxes for 17
+// take the ring twice as long (H100, 2026-11-26).
+int XRows(int64_t m, int tokens, int share) {
+  constexpr int kSwizzledRows = 8;  // where a block's rows begin in shared memory
+  if (m >= tokens) return tokens / share;
+  return share == 1 ? static_cast<int>(m) : CeilDiv(m, kSwizzledRows * share) * kSwizzledRows;
+}
+
+bool HasPairs(const PlainProduct& product) {
+  return product.n % 2 == 0 && product.y_stride % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(product.y) % 4 == 0;
+}
+
 template <int kTokens, Kind kKind>
 void Launch(const PlainProduct& product, int num_sms, cudaStream_t stream) {
   using Shape = Config<kTokens, kKind>;
@@ -628,15 +593,16 @@ void Launch(const PlainProduct& product, int num_sms, cudaStream_t stream) {
   p.group_rows = rows.group_rows;
   p.num_groups = rows.num_groups;
   p.row_units = rows.row_units;
+  p.x_rows = XRows(product.m, kTokens, Shape::kShare);
   const int64_t n = product.n, k = product.k;
+  const int tile_rows = p.num_groups * p.group_rows;
   if constexpr (kIsGated) {
     p.w = MakeTensorMap<4>(product.w, {k, 8, 2, n / 8}, {k, n * k, 8 * k},
-                           {kTileChannels, 8, 2, p.group_rows / 16});
+                           {kTileChannels, 8, 2, tile_rows / 16});
   } else {
-    p.w = MakeTensorMap<2>(product.w, {k, n}, {k}, {kTileChannels, p.group_rows});
+    p.w = MakeTensorMap<2>(product.w, {k, n}, {k}, {kTileChannels, tile_rows});
   }
-  p.x = MakeTensorMap<2>(product.x, {k, product.m}, {product.x_stride},
-                         {kTileChannels, kTokens / Shape::kShare});
+  p.x = MakeTensorMap<2>(product.x, {k, product.m}, {product.x_stride}, {kTileChannels, p.x_rows});
   p.bias = product.bias;
   p.y = product.y;
   p.y_stride = product.y_stride;
@@ -644,8 +610,8 @@ void Launch(const PlainProduct& product, int num_sms, cudaStream_t stream) {
   p.n = static_cast<int>(n);
   p.num_steps = CeilDiv(k, kTileChannels);
   p.y_is_bf16 = product.y_is_bf16;
-  p.y_has_pairs = product.y_stride % 2 == 0 && reinterpret_cast<uintptr_t>(product.y) % 4 == 0;
-  p.y_has_quads = product.y_stride % 4 == 0 && IsAligned16(product.y);
+  p.y_has_pairs = HasPairs(product);
+  p.y_has_quads = n % 4 == 0 && product.y_stride % 4 == 0 && IsAligned16(product.y);
   p.accumulate = product.accumulate;
   // A cluster whose blocks have a part each has one tile: the sums take the ring's place.
   const int num_units = p.row_units * p.token_tiles;
@@ -684,7 +650,7 @@ void MultiplyOrdered(const PlainProduct& product, int num_sms, cudaStream_t stre
 
 void MultiplyOrderedGated(const PlainProduct& product, int num_sms, cudaStream_t stream) {
   GLOAM_CHECK(IsSound(product) && product.n % 8 == 0 && product.y_is_bf16 && !product.accumulate &&
-              product.bias == nullptr);
+              product.bias == nullptr && HasPairs(product));
   LaunchForRows<Kind::kGated>(product, num_sms, stream);
 }
 

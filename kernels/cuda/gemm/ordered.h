@@ -1,5 +1,5 @@
-// The products of batch-invariant mode with bf16 weights, and of 8 to 16 rows of x in any (compute
-// capability 9.0 alone). Host side of the GEMM backend; engine thread only.
+// Products with bf16 weights: all of batch-invariant mode, those of a decode batch's rows in any
+// (compute capability 9.0 alone). Host side of the GEMM backend; engine thread only.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,12 +8,13 @@
 
 namespace gloam::cuda {
 
-// ordered.cu: y = x w^T (+ bias) (+ y) for any number of rows of x. The order of the sums
-// depends on w's shape and y's type: a row's bits depend on nothing but the row and w.
+// y = x w^T (+ bias) (+ y) for any number of rows of x. The order of the sums depends on w's shape
+// and y's type: a row's bits depend on nothing but the row and w. k is a multiple of 8, rows of x
+// are 16-byte aligned.
 void MultiplyOrdered(const PlainProduct& product, int num_sms, cudaStream_t stream);
 
 // y = silu(x w_gate^T) * (x w_up^T) with the same sums. w: 2 n rows, the gate's, then the up's; n
-// is a multiple of 8, y bf16.
+// is a multiple of 8; y bf16, its rows 4-byte aligned; no bias, nothing added.
 void MultiplyOrderedGated(const PlainProduct& product, int num_sms, cudaStream_t stream);
 
 }  // namespace gloam::cuda

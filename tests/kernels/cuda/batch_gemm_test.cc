@@ -127,13 +127,13 @@ class Case {
 TEST_CASE("Products of a decode batch agree with double precision", "[gemm]") {
   const CudaFixture fixture;
   const auto backend = MakeGemmBackend(fixture.context);
-  // Tiles of 32, 48 and 128 rows of W, the last several for a thread block; the edges of tiles and
-  // of 64 channels; what is left to cuBLASLt.
-  for (const Shape& shape :
-       {Shape{4096, 1024}, Shape{3976, 4096}, Shape{6144, 576}, Shape{6008, 160}, Shape{67592, 64},
-        Shape{67720, 96}, Shape{200, 96}, Shape{17160, 160}}) {
+  // Tiles of many heights, several for a thread block in the end; edges of tiles and of 64
+  // channels; y's rows of 16-byte pieces, of pairs and of neither; what is left to cuBLASLt.
+  for (const Shape& shape : {Shape{4096, 2112}, Shape{3976, 4096}, Shape{2050, 4128},
+                             Shape{6144, 1376}, Shape{6007, 1440}, Shape{67592, 128},
+                             Shape{67722, 160}, Shape{200, 96}, Shape{17160, 512}}) {
     Case product(shape, 200, *backend);
-    for (int64_t rows : {17, 24, 32, 33, 40, 55, 64, 65, 200}) {
+    for (int64_t rows : {8, 17, 24, 32, 33, 40, 55, 64, 65, 200}) {
       product.Check(rows, {DType::kF32, false, true});
       product.Check(rows, {DType::kBF16, false, false});
       if (rows % 2 == 1) product.Check(rows, {DType::kF32, true, false});
@@ -147,16 +147,16 @@ TEST_CASE("The same product twice has the same bits", "[gemm]") {
   const CudaFixture fixture;
   const auto backend = MakeGemmBackend(fixture.context);
   std::mt19937 rng(43);
-  const RandomWeight matrix(WeightType::kBF16, 4096, 2048, rng);
+  const RandomWeight matrix(WeightType::kBF16, 4096, 2112, rng);
   auto weight = backend->LoadWeight({&matrix.raw, 1});
   REQUIRE(weight.ok());
-  const DeviceArray<uint16_t> x(RoundTo(DType::kBF16, RandomFloats(256 * 2048, rng)));
+  const DeviceArray<uint16_t> x(RoundTo(DType::kBF16, RandomFloats(256 * 2112, rng)));
   for (int64_t rows : {24, 64, 256}) {
     std::vector<float> first;
     for (int i = 0; i < 20; ++i) {
       const DeviceArray<float> y(std::vector<float>(rows * 4096, 0.5f));
       GemmParams params;
-      params.x = View(x.data(), DType::kBF16, rows, 2048);
+      params.x = View(x.data(), DType::kBF16, rows, 2112);
       params.num_outputs = 1;
       params.outputs[0] = {weight->get(), nullptr, View(y.data(), DType::kF32, rows, 4096), true};
       backend->Gemm(params);

@@ -89,12 +89,13 @@ TEST_CASE("Gated products agree with double precision") {
   const CudaFixture fixture;
   if (!HasKernel(fixture)) return;
   const auto backend = MakeGemmBackend(fixture.context);
-  for (const Shape& shape : {Shape{1024, 128, 64}, Shape{1025, 256, 192}, Shape{1500, 384, 576},
-                             Shape{2049, 128, 1024}, Shape{1100, 4864, 896}, Shape{4500, 1536, 576},
-                             // A decode batch's.
-                             Shape{17, 8456, 96}, Shape{32, 8960, 224}, Shape{33, 14336, 64},
-                             Shape{64, 8960, 1536}, Shape{65, 8392, 608}, Shape{128, 8960, 1536},
-                             Shape{129, 8456, 576}, Shape{256, 18944, 320}}) {
+  for (const Shape& shape :
+       {Shape{1024, 128, 64}, Shape{1025, 256, 192}, Shape{1500, 384, 576}, Shape{2049, 128, 1024},
+        Shape{1100, 4864, 896}, Shape{4500, 1536, 576},
+        // A decode batch's.
+        Shape{17, 8456, 512}, Shape{32, 8960, 480}, Shape{33, 14336, 320}, Shape{50, 1000, 4256},
+        Shape{64, 8960, 1536}, Shape{65, 8392, 608}, Shape{128, 8960, 1536}, Shape{129, 8456, 576},
+        Shape{256, 18944, 320}}) {
     CheckShape(shape, *backend);
   }
 }
@@ -133,7 +134,7 @@ TEST_CASE("Batch-invariant gated products: precision, and a row's bits among any
 TEST_CASE("Few rows, odd shapes and other types go another way") {
   const CudaFixture fixture, invariant({.batch_invariant = true});
   std::mt19937 rng(37);
-  const DeviceArray<uint16_t> x(1100 * 256), y(1100 * 256);  // as large as any below
+  const DeviceArray<uint16_t> x(1100 * 256), y(256 * 8512);  // as large as any below
   const auto takes = [&](const CudaFixture& on, WeightType type, const Shape& shape) {
     const auto backend = MakeGemmBackend(on.context);
     const RandomWeight matrix(type, 2 * shape.n, shape.k, rng);
@@ -145,11 +146,12 @@ TEST_CASE("Few rows, odd shapes and other types go another way") {
     return taken;
   };
   CHECK(takes(fixture, WeightType::kBF16, {1100, 128, 256}) == HasKernel(fixture));
-  CHECK(takes(fixture, WeightType::kBF16, {17, 8512, 96}) == HasKernel(fixture));
-  CHECK(!takes(fixture, WeightType::kBF16, {16, 8512, 96}));
+  CHECK(takes(fixture, WeightType::kBF16, {256, 8512, 512}) == HasKernel(fixture));
+  CHECK(!takes(fixture, WeightType::kBF16, {257, 8512, 512}));
+  CHECK(!takes(fixture, WeightType::kBF16, {17, 8512, 96}));
   CHECK(takes(fixture, WeightType::kBF16, {16, 8512, 512}) == HasKernel(fixture));
   CHECK(!takes(fixture, WeightType::kBF16, {7, 8512, 512}));
-  CHECK(!takes(fixture, WeightType::kBF16, {17, 8508, 96}));
+  CHECK(!takes(fixture, WeightType::kBF16, {17, 8508, 512}));
   CHECK(takes(invariant, WeightType::kBF16, {16, 128, 256}) == HasKernel(fixture));
   CHECK(!takes(invariant, WeightType::kBF16, {17, 8508, 96}));
   CHECK(!takes(fixture, WeightType::kBF16, {16, 128, 256}));
