@@ -5,6 +5,11 @@
 #include "base/check.h"
 
 namespace gloam {
+namespace {
+
+constexpr int32_t kUnknownToken = -1;  // in the place of one that is being drawn
+
+}  // namespace
 
 Answer::Answer(const Request& request, SequenceOrder order, uint64_t seed, int max_new_tokens,
                const Tokenizer& tokenizer)
@@ -53,10 +58,17 @@ SampleRow Answer::MakeSampleRow() const {
   return row;
 }
 
+void Answer::Expect(int row) {
+  GLOAM_CHECK(!finished_ && sequence_.drawn_in_row < 0 && row >= 0);
+  sequence_.tokens.push_back(kUnknownToken);
+  sequence_.drawn_in_row = row;
+}
+
 void Answer::Take(SampleResult result) {
-  GLOAM_CHECK(!finished_ && !taken_);
+  GLOAM_CHECK(!finished_ && !taken_ && sequence_.drawn_in_row >= 0);
   const int32_t token = result.token;
-  sequence_.tokens.push_back(token);
+  sequence_.tokens.back() = token;
+  sequence_.drawn_in_row = -1;
   if (counts_output_) CountToken(token);
   taken_ = {.result = std::move(result),
             .num_generated = num_generated(),

@@ -29,9 +29,7 @@ class Answer {
   Answer& operator=(const Answer&) = delete;
 
   Sequence& sequence() { return sequence_; }
-  int num_generated() const {
-    return static_cast<int>(sequence_.tokens.size()) - sequence_.num_prompt_tokens;
-  }
+  int num_generated() const { return sequence_.num_known() - sequence_.num_prompt_tokens; }
 
   // How the next token is to be drawn. Valid until the next Take.
   SampleRow MakeSampleRow() const;
@@ -39,8 +37,12 @@ class Answer {
   // False: the answer is to have no tokens at all; Finish it with kLength instead of sampling.
   bool MayGenerate() const { return max_new_tokens_ > 0; }
 
-  // Takes the drawn token into the sequence. Deliver must follow before the next one is drawn from
-  // what came after it; meanwhile the next step may compute it already.
+  // A token is being drawn in `row` of a sample: gives it its place in the sequence, so that the
+  // next step can compute it. Take follows, unless the answer is finished before.
+  void Expect(int row);
+  // No token can follow the one that is expected next, whatever it is.
+  bool NextIsLast() const { return num_generated() + 1 >= max_new_tokens_; }
+  // Puts the expected token into its place. Deliver must follow before the next is expected.
   void Take(SampleResult result);
   // The taken token ends the answer by itself, so no step need compute it.
   bool taken_is_last() const { return taken_ && taken_->verdict.finish_reason.has_value(); }

@@ -112,6 +112,8 @@ EngineCore::EngineCore(const SchedulerOptions& options, const KvPlan& kv_plan,
       seed_source_(std::random_device{}()),
       sample_results_(options.max_num_seqs) {
   sample_rows_.reserve(options.max_num_seqs);
+  drawing_.reserve(options.max_num_seqs);
+  taken_.reserve(options.max_num_seqs);
   stats_.num_blocks_total = kv_plan.num_blocks;
 }
 
@@ -146,15 +148,12 @@ void EngineCore::Add(RequestHandle handle, Request request, std::shared_ptr<Outp
 }
 
 void EngineCore::Cancel(RequestHandle handle) {
-  DeliverTokens();
   const auto it = requests_.find(handle);
   if (it != requests_.end()) EndRequest(*it->second, FinishReason::kCancelled, OkStatus());
   ended_.clear();
 }
 
 void EngineCore::ExpireDeadlines(Clock::time_point now) {
-  if (deadlines_.empty() || deadlines_.begin()->first > now) return;
-  DeliverTokens();
   while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
     ActiveRequest& active = *requests_.at(deadlines_.begin()->second);
     EndRequest(
@@ -166,9 +165,7 @@ void EngineCore::ExpireDeadlines(Clock::time_point now) {
 }
 
 void EngineCore::EndAll(FinishReason reason, const Status& error) {
-  in_step_ = false;  // a step that threw does not go on
-  EndDelivered();
-  DeliverTokens();
+  DeliverTokens();  // of a step that threw afterwards
   while (!requests_.empty()) EndRequest(*requests_.begin()->second, reason, error);
   ended_.clear();
 }
@@ -176,24 +173,19 @@ void EngineCore::EndAll(FinishReason reason, const Status& error) {
 void EngineCore::Step() {
   const StepPlan& plan = scheduler_.Schedule();
   if (plan.sequences.empty()) {
-    DeliverTokens();
-    ended_.clear();
-    return;
+    TakeTokens();
+  } else {
+    NoteStarts(plan);
+    const ModelRunner::Logits logits = runner_.Forward(plan);
+    TakeTokens();  // of the step before, while a GPU works on this one
+    ScorePrompts(plan, logits.score);
+    SampleTokens(plan, logits.sample);
+    CountSparsity(plan, logits.sparsity);
+    scheduler_.Advance();
+    ExpectTokens(plan);
+    if (ops_.device() == Device::kCpu) TakeTokens();  // its operations are complete already
   }
-  NoteStarts(plan);
-  in_step_ = true;
-  const ModelRunner::Logits logits = runner_.Forward(plan);
-  DeliverTokens();  // of the step before, while a GPU works on this one
-  ScorePrompts(plan, logits.score);
-  SampleTokens(plan, logits.sample);
-  CountSparsity(plan, logits.sparsity);
-  scheduler_.Advance();
-  in_step_ = false;
-  EndDelivered();
-
-  TakeTokens(plan);
-  const bool overlaps = ops_.device() != Device::kCpu && scheduler_.HasWork();
-  if (!overlaps) DeliverTokens();
+  DeliverTokens();
   PublishStats();
   ended_.clear();
 }
@@ -233,7 +225,11 @@ void EngineCore::ScorePrompts(const StepPlan& plan, const TensorView& logits) {
 void EngineCore::SampleTokens(const StepPlan& plan, const TensorView& logits) {
   sample_rows_.clear();
   for (const ScheduledSequence& scheduled : plan.sequences) {
-    if (scheduled.samples) sample_rows_.push_back(scheduled.sequence->answer->MakeSampleRow());
+    if (!scheduled.samples) continue;
+    const Answer& answer = *scheduled.sequence->answer;
+    // Ended by the token before, this step's is nobody's.
+    sample_rows_.push_back(answer.taken_is_last() ? SampleRow{.temperature = 0}
+                                                  : answer.MakeSampleRow());
   }
   if (sample_rows_.empty()) return;
   const std::span results = std::span(sample_results_).first(sample_rows_.size());
@@ -264,44 +260,51 @@ void EngineCore::CountSparsity(const StepPlan& plan, const StepSparsity& sparsit
   }
 }
 
-// What the next step needs to know of the tokens that this one drew.
-void EngineCore::TakeTokens(const StepPlan& plan) {
-  const Clock::time_point now = Clock::now();
-  int row = 0;
+// What the next step needs to know of this one's tokens: that they will be there.
+void EngineCore::ExpectTokens(const StepPlan& plan) {
   for (const ScheduledSequence& scheduled : plan.sequences) {
     if (!scheduled.samples) continue;
-    SampleResult& result = sample_results_[row++];
     Answer& answer = *scheduled.sequence->answer;
-    if (answer.finished()) continue;  // a stop string came out of its text while this step ran
-    ActiveRequest& active = *answer.active_request;
-    if (!active.prompt_done) FinishPrompt(active);
+    const auto row = static_cast<int>(drawing_.size());
+    drawing_.push_back(answer.taken_is_last() ? nullptr : &answer);
+    if (answer.taken_is_last()) continue;
+    if (!answer.active_request->prompt_done) FinishPrompt(*answer.active_request);
+    const bool is_last = answer.NextIsLast();
+    if (answer.MayGenerate()) answer.Expect(row);
+    if (is_last) scheduler_.Remove(answer.sequence());
+  }
+}
+
+// Waits for the tokens of the last sample and puts them into their sequences.
+void EngineCore::TakeTokens() {
+  if (drawing_.empty()) return;
+  ops_.FinishSample();
+  const Clock::time_point now = Clock::now();
+  for (size_t row = 0; row < drawing_.size(); ++row) {
+    if (drawing_[row] == nullptr) continue;
+    Answer& answer = *drawing_[row];
     taken_.push_back(&answer);
-    if (!answer.MayGenerate()) {
-      scheduler_.Remove(answer.sequence());
-      continue;
-    }
+    if (!answer.MayGenerate()) continue;
     if (answer.num_generated() == 0) {
-      metrics_.time_to_first_token.Observe(Seconds(now - active.submit_time));
+      metrics_.time_to_first_token.Observe(Seconds(now - answer.active_request->submit_time));
     } else {
       metrics_.inter_token_latency.Observe(Seconds(now - answer.last_token_time));
     }
     answer.last_token_time = now;
-    answer.Take(std::move(result));
+    answer.Take(std::move(sample_results_[row]));
     ++num_generated_tokens_;
-    if (answer.taken_is_last()) scheduler_.Remove(answer.sequence());
   }
+  drawing_.clear();
 }
 
-// Text, stop rules, deltas.
+// Text, stop rules, deltas. Not while a step is planned and not advanced: sequences may end.
 void EngineCore::DeliverTokens() {
-  if (taken_.empty()) return;
-  delivering_.clear();
-  delivering_.swap(taken_);
   const Clock::time_point now = Clock::now();
-  for (Answer* answer : delivering_) {
+  for (Answer* answer : taken_) {
     // A sink that overflowed on another answer of the request has ended this one.
     if (!answer->finished()) DeliverToken(*answer, now);
   }
+  taken_.clear();
 }
 
 void EngineCore::DeliverToken(Answer& answer, Clock::time_point now) {
@@ -319,14 +322,6 @@ void EngineCore::DeliverToken(Answer& answer, Clock::time_point now) {
   }
 }
 
-// What DeliverTokens ended while a step ran: now its sequences may go.
-void EngineCore::EndDelivered() {
-  for (Answer* answer : stopped_) scheduler_.Remove(answer->sequence());
-  stopped_.clear();
-  for (ActiveRequest* active : closing_) CloseRequest(*active);
-  closing_.clear();
-}
-
 void EngineCore::FinishPrompt(ActiveRequest& active) {
   active.prompt_done = true;
   num_prompt_tokens_ += static_cast<int64_t>(active.request.prompt.size());
@@ -342,11 +337,8 @@ void EngineCore::FinishPrompt(ActiveRequest& active) {
 }
 
 void EngineCore::FinishAnswer(Answer& answer, Clock::time_point now) {
-  if (in_step_) {
-    stopped_.push_back(&answer);
-  } else {
-    scheduler_.Remove(answer.sequence());
-  }
+  scheduler_.Remove(answer.sequence());
+  std::replace(drawing_.begin(), drawing_.end(), &answer, static_cast<Answer*>(nullptr));
   --answer.active_request->num_unfinished;
   metrics_.RequestSuccess(answer.finish_reason()).Increment();
   metrics_.e2e_request_latency.Observe(Seconds(now - answer.active_request->submit_time));
@@ -368,7 +360,6 @@ void EngineCore::EndRequest(ActiveRequest& active, FinishReason reason, const St
 
 void EngineCore::CloseRequest(ActiveRequest& active) {
   GLOAM_CHECK(active.num_unfinished == 0);
-  if (in_step_) return closing_.push_back(&active);
   if (!active.started) ++num_requests_started_;
   if (!active.prompt_done) num_held_answers_ -= active.request.n - 1;
   ++num_requests_ended_;

@@ -60,10 +60,11 @@ class EngineCore {
   // Ends requests whose deadline is before `now` with kDeadlineExceeded.
   void ExpireDeadlines(Clock::time_point now);
 
-  bool HasWork() const { return scheduler_.HasWork() || !taken_.empty(); }
+  bool HasWork() const { return scheduler_.HasWork() || !drawing_.empty(); }
 
-  // One step, if there is anything to do. On a GPU the tokens that a step drew go out while the
-  // next one runs. May throw what the backend throws; then only EndAll may follow.
+  // One step, if there is anything to do. On a GPU the step is one ahead: it is given to the device
+  // before the tokens of the one before are read, and these go out while it runs. May throw what
+  // the backend throws; then only EndAll may follow.
   void Step();
 
   // Ends every request.
@@ -93,10 +94,10 @@ class EngineCore {
   void ScorePrompts(const StepPlan& plan, const TensorView& logits);
   void SampleTokens(const StepPlan& plan, const TensorView& logits);
   void CountSparsity(const StepPlan& plan, const StepSparsity& sparsity);
-  void TakeTokens(const StepPlan& plan);
+  void ExpectTokens(const StepPlan& plan);
+  void TakeTokens();
   void DeliverTokens();
   void DeliverToken(Answer& answer, Clock::time_point now);
-  void EndDelivered();
   void FinishPrompt(ActiveRequest& active);
   void FinishAnswer(Answer& answer, Clock::time_point now);
   void EndRequest(ActiveRequest& active, FinishReason reason, const Status& error);
@@ -115,19 +116,17 @@ class EngineCore {
   Scheduler scheduler_;
 
   absl::flat_hash_map<RequestHandle, std::unique_ptr<ActiveRequest>> requests_;
-  // Ended within the current call, which may still hold pointers to them.
+  // Ended within the current call, which may still hold pointers to them; `drawing_` does not.
   std::vector<std::unique_ptr<ActiveRequest>> ended_;
   std::set<std::pair<Clock::time_point, RequestHandle>> deadlines_;
   std::mt19937_64 seed_source_;  // of requests without a seed
-  // Answers whose last token is part of the sequence and has not gone out; and those in hand.
-  std::vector<Answer*> taken_;
-  std::vector<Answer*> delivering_;
-  // The scheduler's plan is on the device: sequences stay with it, and what ends meanwhile waits.
-  bool in_step_ = false;
-  std::vector<Answer*> stopped_;
-  std::vector<ActiveRequest*> closing_;
   std::vector<SampleRow> sample_rows_;
   std::vector<SampleResult> sample_results_;  // [max_num_seqs]
+  // By row of the last sample, whose tokens the host has not taken: whose answer's it is; null: it
+  // is thrown away, because the answer has ended since the step was planned.
+  std::vector<Answer*> drawing_;
+  // Answers whose last token is part of the sequence and has not gone out.
+  std::vector<Answer*> taken_;
 
   uint64_t num_arrivals_ = 0;
   int num_held_answers_ = 0;  // wait for their request's first answer to compute the prompt

@@ -107,7 +107,7 @@ ModelRunner::Logits ModelRunner::Forward(const StepPlan& plan) {
   batch.sparse = sparse_.tokens();
   batch.votes = votes_;
   batch.sparse_stats = sparse_stats_.data();
-  const TensorView logits = RunModel(batch, repeats);
+  const TensorView logits = RunModel(batch, device.token_ids, repeats);
   for (const PromptVote& vote : votes_) vote.compressed->complete = true;
 
   Logits result;
@@ -122,12 +122,15 @@ ModelRunner::Logits ModelRunner::Forward(const StepPlan& plan) {
   return result;
 }
 
-TensorView ModelRunner::RunModel(const ForwardBatch& batch, bool repeats) {
-  if (!repeats) return model_->Forward(batch);
+TensorView ModelRunner::RunModel(const ForwardBatch& batch, int32_t* token_ids, bool repeats) {
+  const auto run = [&] {
+    ops_->TakeDrawnTokens({.token_ids = token_ids, .num_tokens = batch.seqs.num_tokens});
+    return model_->Forward(batch);
+  };
+  if (!repeats) return run();
   // A step that is repeated without the model leaves its logits where they were before.
   TensorView& logits = repeated_logits_[batch.seqs.num_seqs];
-  ops_->Repeat(static_cast<uint64_t>(batch.seqs.num_seqs),
-               [&] { logits = model_->Forward(batch); });
+  ops_->Repeat(static_cast<uint64_t>(batch.seqs.num_seqs), [&] { logits = run(); });
   return logits;
 }
 
@@ -206,7 +209,9 @@ void ModelRunner::FillTokens(const ScheduledSequence& scheduled, int first_token
   for (int i = 0; i < scheduled.num_tokens; ++i) {
     const int position = sequence.num_computed + i;
     const int64_t block = sequence.table.blocks[position / kBlockTokens];
-    host_.token_ids[first_token + i] = sequence.tokens[position];
+    host_.token_ids[first_token + i] = position < sequence.num_known()
+                                           ? sequence.tokens[position]
+                                           : DrawnToken(sequence.drawn_in_row);
     host_.positions[first_token + i] = position;
     host_.slot_mapping[first_token + i] = block * kBlockTokens + position % kBlockTokens;
   }

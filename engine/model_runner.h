@@ -43,6 +43,8 @@ class ModelRunner {
     TensorView sample;      // [plan.num_sample_rows, vocab_size], in the plan's order
     StepSparsity sparsity;  // row.seq is an index into the plan's sequences
   };
+  // On a GPU, returns when the step is enqueued. Last tokens of sequences may still be unknown
+  // (Sequence::drawn_in_row).
   Logits Forward(const StepPlan& plan);
 
   // Position in its sequence of a token of the last Forward's batch.
@@ -65,7 +67,8 @@ class ModelRunner {
   void FillArrays(const StepPlan& plan, const StepShape& shape);
   void FillTokens(const ScheduledSequence& scheduled, int first_token);
   void FillSparsity(const StepPlan& plan);
-  TensorView RunModel(const ForwardBatch& batch, bool repeats);
+  // `token_ids` are the batch's.
+  TensorView RunModel(const ForwardBatch& batch, int32_t* token_ids, bool repeats);
   // One step of `sequence`'s next `num_tokens`; whether its logits are finite.
   bool IsFinite(Sequence& sequence, int num_tokens);
 

@@ -116,6 +116,7 @@ void Scheduler::AdmitWaiting() {
   int64_t num_reserved = BlocksReservedByRunning();
   while (!waiting_.empty() && num_running() < options_.max_num_seqs) {
     Sequence& sequence = **waiting_.begin();
+    GLOAM_CHECK(sequence.drawn_in_row < 0);
     static const BlockManager::PrefixMatch kNoMatch;
     const BlockManager::PrefixMatch& match =
         sequence.needs_scores() ? kNoMatch : blocks_.FindPrefix(ShareableTokens(sequence));
@@ -194,6 +195,7 @@ int64_t Scheduler::BlocksReservedByRunning() const {
 void Scheduler::Advance() {
   for (const ScheduledSequence& scheduled : plan_.sequences) {
     Sequence& sequence = *scheduled.sequence;
+    GLOAM_CHECK(sequence.drawn_in_row < 0);
     sequence.num_computed += scheduled.num_tokens;
     sequence.num_scored += scheduled.num_score_rows;
     blocks_.CommitFullBlocks(sequence.table, sequence.tokens,

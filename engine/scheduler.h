@@ -5,6 +5,10 @@
 // when it is in prefill; the decoding ones have their token reserved, so a long prompt never stops
 // them. What is left of the token budget admits waiting sequences. When blocks run out, the running
 // sequence that is last in order gives up its blocks and waits again; it recomputes later.
+//
+// A step may be planned while the one before still runs on a device, and draws the last tokens of
+// some sequences (Sequence::drawn_in_row); they must be known when the planned step is advanced.
+// The device takes steps in order, so blocks that are given back may go to others at once.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +59,8 @@ class Scheduler {
   // Plans one step; valid until the next call. No sequence may be removed before Advance().
   const StepPlan& Schedule();
 
-  // After the planned step ran: its tokens are in the cache, and full blocks can be shared.
+  // After the planned step ran, or began to: its tokens are in the cache for the steps that follow,
+  // and full blocks can be shared.
   void Advance();
 
   bool HasWork() const { return !waiting_.empty() || !running_.empty(); }

@@ -35,6 +35,9 @@ struct Sequence {
   Answer* answer = nullptr;     // whose sequence this is; the scheduler does not look at it
   std::vector<int32_t> tokens;  // the prompt, then what was generated
   int num_prompt_tokens = 0;
+  // Not below 0: the last of `tokens` is being drawn, in this row of the last Sample, and the host
+  // does not know it yet. So it is while the next step is planned and begins to run.
+  int drawn_in_row = -1;
 
   // Tokens from `first_sparse_token` on are computed under `policy`, never together with earlier
   // ones in one step; their blocks are not shared, because their contents depend on the policy.
@@ -56,6 +59,7 @@ struct Sequence {
   bool wants_prompt_scores = false;
   int num_scored = 1;
 
+  int num_known() const { return static_cast<int>(tokens.size()) - (drawn_in_row >= 0 ? 1 : 0); }
   int num_pending() const { return static_cast<int>(tokens.size()) - num_computed; }
   // Leading tokens whose keys and values do not depend on the policy and may come from the cache.
   int num_shareable() const {

@@ -16,7 +16,7 @@ struct StepShape {
 };
 
 struct StepArrays {
-  int32_t* token_ids = nullptr;     // [num_tokens]
+  int32_t* token_ids = nullptr;     // [num_tokens], some DrawnTokens (kernels/sample.h)
   int32_t* positions = nullptr;     // [num_tokens]
   int64_t* slot_mapping = nullptr;  // [num_tokens]
   int32_t* cu_seqlens = nullptr;    // [num_seqs + 1]

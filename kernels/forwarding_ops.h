@@ -52,6 +52,8 @@ class ForwardingOps : public Ops {
     ops_.SparseAttention(params);
   }
   void Sample(const SampleParams& params) override { ops_.Sample(params); }
+  void FinishSample() override { ops_.FinishSample(); }
+  void TakeDrawnTokens(const DrawnTokensParams& params) override { ops_.TakeDrawnTokens(params); }
   void Score(const ScoreParams& params) override { ops_.Score(params); }
 
  protected:

@@ -141,8 +141,13 @@ class Ops {
   virtual void UpdateSidecars(const UpdateSidecarsParams& params) = 0;
   virtual void CompressPrompt(const CompressPromptParams& params) = 0;
   virtual void SparseAttention(const SparseAttentionParams& params) = 0;
+  // On a device with memory of its own the call returns before the tokens are drawn.
   virtual void Sample(const SampleParams& params) = 0;
   virtual void Score(const ScoreParams& params) = 0;
+  // Waits for the last Sample, not for what was called after it, and completes its results. Comes
+  // before the next Sample or Score, unless nobody wants the results any more.
+  virtual void FinishSample() = 0;
+  virtual void TakeDrawnTokens(const DrawnTokensParams& params) = 0;
 };
 
 // How the CPU backend multiplies: int8 activations per block of 32 (fast), or fp32 activations

@@ -48,8 +48,18 @@ struct SampleResult {
 // penalties and temperature.
 struct SampleParams {
   TensorView logits;  // [num_rows, vocab_size] fp32; used as scratch, contents undefined afterwards
-  std::span<const SampleRow> rows;  // [num_rows]
-  std::span<SampleResult> results;  // [num_rows]
+  std::span<const SampleRow> rows;  // [num_rows], read by the call
+  std::span<SampleResult> results;  // [num_rows], complete after Ops::FinishSample
+};
+
+// Among a step's token ids: the token that row `row` of the last Sample drew, for a host that does
+// not know it yet.
+constexpr int32_t DrawnToken(int row) { return -1 - row; }
+
+// Puts the tokens themselves where DrawnTokens stand.
+struct DrawnTokensParams {
+  int32_t* token_ids = nullptr;  // [num_tokens], device
+  int num_tokens = 0;
 };
 
 // Log-probabilities of given tokens (prompt_logprobs, echo, scoring).

@@ -223,6 +223,7 @@ void BenchSample(const CudaFixture& fixture, double read_rate) {
       for (int run = 0; run < 20; ++run) {
         const auto begin = std::chrono::steady_clock::now();
         backend->Sample(params);
+        backend->FinishSample();
         const std::chrono::duration<double, std::micro> elapsed =
             std::chrono::steady_clock::now() - begin;
         best = std::min(best, elapsed.count());

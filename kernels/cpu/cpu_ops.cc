@@ -90,6 +90,8 @@ class CpuOps final : public Ops {
     cpu::SparseAttention(params, pool_, attention_scratch_, selection_memory_);
   }
   void Sample(const SampleParams& params) override { cpu::Sample(params, pool_); }
+  void FinishSample() override {}
+  void TakeDrawnTokens(const DrawnTokensParams&) override {}  // the host knows them before a step
   void Score(const ScoreParams& params) override { cpu::Score(params, pool_); }
 
  private:

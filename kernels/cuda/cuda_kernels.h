@@ -1,7 +1,6 @@
 // The CUDA backend's operations; cuda_ops.cc gathers them into an Ops. Contracts are in the headers
 // of kernels/. Everything is enqueued on context.stream; nothing here allocates or synchronises
-// outside construction, Reserve and LoadWeight, but Sample and Score, which read their results
-// back.
+// outside construction, Reserve and LoadWeight, but FinishSample and Score, which read results.
 //
 // Dtypes: residual fp32; inputs of products bf16; Q, K, V before RoPE bf16 or fp32; rotated queries
 // have the cache's type (bf16 for an fp8 cache).
@@ -50,8 +49,8 @@ class AttentionBackend {
 };
 std::unique_ptr<AttentionBackend> MakeAttentionBackend(const DeviceContext& context);
 
-// Sampling with its scratch memory: sample.cc and its kernels. Sample and Score return when their
-// results are there; they allocate only for a call whose lists (banned, bias, prompt, counts) or
+// Sampling with its scratch memory: sample.cc and its kernels. Score returns when its results are
+// there. Sample and Score allocate only for a call whose lists (banned, bias, prompt, counts) or
 // likely tokens outgrow what was there (CudaError when there is no memory). output_counts must
 // name each token once.
 class SampleBackend {
@@ -59,8 +58,11 @@ class SampleBackend {
   virtual ~SampleBackend() = default;
   [[nodiscard]] virtual Status Reserve(const StepLimits& limits) = 0;
   virtual void Sample(const SampleParams& params) = 0;
+  virtual void FinishSample() = 0;  // see Ops
   virtual void Score(const ScoreParams& params) = 0;
-  // [num_rows] of the last Sample, on the device, valid until Sample is called again.
+  virtual void TakeDrawnTokens(const DrawnTokensParams& params) = 0;
+  // [num_rows] of the last Sample, on the device; stays where it is while no call has more rows
+  // than were reserved.
   virtual const int32_t* device_tokens() const = 0;
 };
 std::unique_ptr<SampleBackend> MakeSampleBackend(const DeviceContext& context);

@@ -129,6 +129,10 @@ class CudaOps final : public Ops {
   void PlanAttention(const AttentionPlanParams& params) override { attention_->Plan(params); }
   void Attention(const AttentionParams& params) override { attention_->Attention(params); }
   void Sample(const SampleParams& params) override { sample_->Sample(params); }
+  void FinishSample() override { sample_->FinishSample(); }
+  void TakeDrawnTokens(const DrawnTokensParams& params) override {
+    sample_->TakeDrawnTokens(params);
+  }
   void Score(const ScoreParams& params) override { sample_->Score(params); }
 
   // Policies are refused before a request can reach these (engine/sparsity.cc).

@@ -1,6 +1,6 @@
 // Sampling's host part: packs what the rows ask for into one pinned buffer, which goes to the GPU
 // in one copy, launches the kernels that the rows need, and reads the results, which the kernels
-// write to pinned memory, after one synchronisation. Engine thread only.
+// write to pinned memory, when the event behind the kernels has come. Engine thread only.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -77,7 +77,9 @@ class SampleBackendImpl final : public SampleBackend {
 
   Status Reserve(const StepLimits& limits) override;
   void Sample(const SampleParams& params) override;
+  void FinishSample() override;
   void Score(const ScoreParams& params) override;
+  void TakeDrawnTokens(const DrawnTokensParams& params) override;
   const int32_t* device_tokens() const override {
     return static_cast<const int32_t*>(tokens_.data());
   }
@@ -89,7 +91,8 @@ class SampleBackendImpl final : public SampleBackend {
   void CopyToDevice(size_t bytes) const;
   void LaunchLogprobPasses(const SampleArgs& args, bool any_changed) const;
   void ReadLogprobs(const SampleTask& task, const SampleOutcome& outcome, SampleResult& result);
-  void Synchronize() const { GLOAM_CUDA_CHECK(cudaStreamSynchronize(context_.stream)); }
+  void LaunchDone() const { GLOAM_CUDA_CHECK(cudaEventRecord(done_.get(), context_.stream)); }
+  void WaitUntilDone() const { GLOAM_CUDA_CHECK(cudaEventSynchronize(done_.get())); }
 
   template <typename T>
   T* Staged(size_t offset_bytes) const {
@@ -102,6 +105,9 @@ class SampleBackendImpl final : public SampleBackend {
   Buffer staged_host_, staged_;                  // pinned, and its copy
   Buffer outcomes_, top_;                        // pinned; kernels write them
   std::vector<std::pair<int32_t, float>> bias_;  // scratch
+  const Event done_;                             // the last call's kernels
+  std::span<SampleResult> open_;                 // of a Sample that is not finished
+  bool open_has_tasks_ = false;
 };
 
 void SampleBackendImpl::MakeRoom(const CallSize& size) {
@@ -280,6 +286,9 @@ void CheckLogits(const TensorView& logits, size_t num_rows, size_t num_results) 
 
 void SampleBackendImpl::Sample(const SampleParams& params) {
   CheckLogits(params.logits, params.rows.size(), params.results.size());
+  if (!open_.empty()) WaitUntilDone();  // nobody wants its results, but its buffers are in use
+  open_ = params.results;
+  open_has_tasks_ = false;
   if (params.rows.empty()) return;
   const CallSize size = SizeOf(params);
   MakeRoom(size);
@@ -288,6 +297,7 @@ void SampleBackendImpl::Sample(const SampleParams& params) {
     return std::any_of(params.rows.begin(), params.rows.end(), condition);
   };
   if (any([](const SampleRow& row) { return !IsPlainGreedy(row); })) {
+    open_has_tasks_ = true;
     Pack(params, size);
     CopyToDevice(size.staged_bytes());
     if (size.num_entries > 0) {
@@ -306,21 +316,34 @@ void SampleBackendImpl::Sample(const SampleParams& params) {
   } else {
     LaunchGreedy(args, context_.num_sms, context_.stream);
   }
-  Synchronize();
-  for (size_t i = 0; i < params.rows.size(); ++i) {
-    SampleResult& result = params.results[i];
-    result.token = args.outcomes[i].token;
+  LaunchDone();
+}
+
+void SampleBackendImpl::FinishSample() {
+  if (open_.empty()) return;
+  WaitUntilDone();
+  const auto* const outcomes = static_cast<const SampleOutcome*>(outcomes_.data());
+  const SampleTask* const tasks = open_has_tasks_ ? Staged<SampleTask>(0) : nullptr;
+  for (size_t i = 0; i < open_.size(); ++i) {
+    SampleResult& result = open_[i];
+    result.token = outcomes[i].token;
     result.logprob = {};
     result.top.clear();
-    if (params.rows[i].num_logprobs >= 0) {
-      ReadLogprobs(Staged<SampleTask>(0)[i], args.outcomes[i], result);
-    }
+    if (tasks != nullptr && tasks[i].num_logprobs >= 0) ReadLogprobs(tasks[i], outcomes[i], result);
   }
+  open_ = {};
+}
+
+void SampleBackendImpl::TakeDrawnTokens(const DrawnTokensParams& params) {
+  if (params.num_tokens == 0) return;
+  LaunchTakeDrawnTokens(params.token_ids, params.num_tokens, device_tokens(), context_.stream);
 }
 
 void SampleBackendImpl::Score(const ScoreParams& params) {
   CheckLogits(params.logits, params.tokens.size(), params.results.size());
   if (params.tokens.empty()) return;
+  if (!open_.empty()) WaitUntilDone();
+  open_ = {};
   const int64_t vocab_size = params.logits.shape[1];
   const int num_logprobs = std::max(0, NumLogprobs(params.num_logprobs, vocab_size));
   CheckTokens(params.tokens, vocab_size);
@@ -342,7 +365,8 @@ void SampleBackendImpl::Score(const ScoreParams& params) {
   args.tokens =
       reinterpret_cast<int32_t*>(static_cast<std::byte*>(staged_.data()) + size.entries_at());
   LaunchLogprobPasses(args, true);
-  Synchronize();
+  LaunchDone();
+  WaitUntilDone();
   for (size_t i = 0; i < size.num_rows; ++i) {
     SampleResult& result = params.results[i];
     result.token = params.tokens[i];

@@ -24,6 +24,10 @@ using json = nlohmann::ordered_json;
 constexpr int kWarmUpSteps = 4;                     // the first loads kernels, the second records
 constexpr int64_t kMarginBytes = int64_t{2} << 30;  // for recorded steps and the rest of the device
 
+double Milliseconds(Clock::duration duration) {
+  return std::chrono::duration<double, std::milli>(duration).count();
+}
+
 // Weights of the layers' matrices: what every token is multiplied with, the head aside.
 double LayerWeights(const ModelConfig& c) {
   const double attention = 2.0 * (c.num_heads + c.num_kv_heads) * c.head_dim;
@@ -42,19 +46,27 @@ class StepBench {
   // One row per batch and context: milliseconds of a decode step, sampling included.
   json Decode(int batch, int context) {
     json row = {{"phase", "decode"}, {"batch", batch}, {"context", context}};
-    const int num_steps = kWarmUpSteps + options_.steps;
+    const int num_steps = kWarmUpSteps + options_.steps + 1;
     if (!Fits(batch, context + num_steps)) return WithoutRoom(std::move(row));
-    StartSequences(batch, context, context + num_steps);
+    StartSequences(batch, context, context, context + num_steps);
     StepPlan plan;
     plan.num_tokens = plan.num_sample_rows = batch;
     for (Sequence& sequence : sequences_) {
       plan.sequences.push_back({.sequence = &sequence, .num_tokens = 1, .samples = true});
     }
+    // As in the engine, a step is enqueued before the tokens of the one before are read.
     std::vector<double> ms;
+    Clock::time_point last_read;
     for (int i = 0; i < num_steps; ++i) {
-      const double step_ms = Run(plan);
-      if (i >= kWarmUpSteps) ms.push_back(step_ms);
+      const TensorView logits = runner_->Forward(plan).sample;
+      if (i > 0) ops_->FinishSample();
+      const Clock::time_point read = Clock::now();
+      if (i > kWarmUpSteps) ms.push_back(Milliseconds(read - last_read));
+      last_read = read;
+      Sample(logits);
+      Advance(plan);
     }
+    ops_->FinishSample();
     const double median = Median(ms);
     const int64_t kv_bytes = int64_t{batch} * BlocksFor(context) * kv_plan_.bytes_per_block;
     const double gigabytes = static_cast<double>(StepWeightBytes() + kv_bytes) / 1e9;
@@ -73,7 +85,7 @@ class StepBench {
     if (!Fits(1, context + 1)) return WithoutRoom(std::move(row));
     std::vector<double> ms;
     for (int i = 0; i < 1 + options_.prefill_repeats; ++i) {
-      StartSequences(1, 0, context + 1);
+      StartSequences(1, context, 0, context + 1);
       const double prompt_ms = RunPrompt(context);
       if (i > 0) ms.push_back(prompt_ms);
     }
@@ -164,16 +176,17 @@ class StepBench {
     return row;
   }
 
-  void StartSequences(int batch, int num_computed, int num_tokens) {
+  // With room for `max_tokens` each, of which they have one after `context`.
+  void StartSequences(int batch, int context, int num_computed, int max_tokens) {
     sequences_ = std::vector<Sequence>(batch);
     int64_t next_block = 0;
     for (Sequence& sequence : sequences_) {
-      sequence.tokens.resize(num_tokens);
+      sequence.tokens.resize(context + 1);
       for (int32_t& token : sequence.tokens) {
         token = static_cast<int32_t>(random_() % model_->config().vocab_size);
       }
       sequence.num_computed = num_computed;
-      const int num_blocks = BlocksFor(num_tokens);
+      const int num_blocks = BlocksFor(max_tokens);
       sequence.table.blocks.assign(blocks_.begin() + next_block,
                                    blocks_.begin() + next_block + num_blocks);
       sequence.table.version = ++table_version_;
@@ -181,22 +194,26 @@ class StepBench {
     }
   }
 
-  double Run(const StepPlan& plan) {
-    const auto start = Clock::now();
-    const TensorView logits = runner_->Forward(plan).sample;
-    if (plan.num_sample_rows > 0) {
-      rows_.assign(plan.num_sample_rows, SampleRow{.temperature = 0});
-      results_.assign(plan.num_sample_rows, {});
-      ops_->Sample({.logits = logits, .rows = rows_, .results = results_});
-    }
+  void Advance(const StepPlan& plan) {
     for (const ScheduledSequence& scheduled : plan.sequences) {
       scheduled.sequence->num_computed += scheduled.num_tokens;
     }
-    return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+  }
+
+  // Every sequence's next token becomes its input.
+  void Sample(const TensorView& logits) {
+    rows_.assign(sequences_.size(), SampleRow{.temperature = 0});
+    results_.assign(sequences_.size(), {});
+    ops_->Sample({.logits = logits, .rows = rows_, .results = results_});
+    const bool is_known = ops_->device() == Device::kCpu;
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+      sequences_[i].tokens.push_back(is_known ? results_[i].token : 0);
+      sequences_[i].drawn_in_row = is_known ? -1 : static_cast<int>(i);
+    }
   }
 
   double RunPrompt(int context) {
-    double ms = 0;
+    const auto start = Clock::now();
     Sequence& sequence = sequences_.front();
     while (sequence.num_computed < context) {
       StepPlan plan;
@@ -205,9 +222,12 @@ class StepBench {
       plan.num_sample_rows = last ? 1 : 0;
       plan.sequences.push_back(
           {.sequence = &sequence, .num_tokens = plan.num_tokens, .samples = last});
-      ms += Run(plan);
+      const TensorView logits = runner_->Forward(plan).sample;
+      if (last) Sample(logits);
+      Advance(plan);
     }
-    return ms;
+    ops_->FinishSample();
+    return Milliseconds(Clock::now() - start);
   }
 
   // What a decode step reads of the weights: all but the embedding where the head is another.

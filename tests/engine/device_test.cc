@@ -129,12 +129,14 @@ TEST_CASE("tokens go out while the next step runs; what a stop string cuts off i
   CHECK(engine->stats().num_blocks_in_use == 0);
   CHECK(gate.num_arrivals() - before == 12);  // the last one's token is nobody's
 
-  // The end of sequence and the length are known before the next step.
+  // The end of sequence is found one step late too; the length is known before.
   request.sampling.stop.clear();
+  const int before_end = gate.num_arrivals();
+  CHECK(engine.Run(request)->output().text == "say the end now");
+  while (gate.num_arrivals() < before_end + 17) std::this_thread::yield();
   request.sampling.max_tokens = 7;
-  const int before_length = gate.num_arrivals();
   CHECK(engine.Run(request)->output().tokens.size() == 7);
-  CHECK(gate.num_arrivals() - before_length == 7);
+  CHECK(gate.num_arrivals() - before_end == 17 + 7);  // 15 letters, the end, and one for nobody
 
   // A token is with its reader before the step that follows it has ended.
   request.sampling.max_tokens = 30;

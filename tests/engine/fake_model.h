@@ -36,7 +36,7 @@ inline uint64_t Hash(uint64_t state, uint64_t value) {
 //
 // As a GPU it has memory of its own for staged arrays, which holds what was staged and nothing
 // else, and records steps: a step that is repeated runs with the pointers and sizes of its
-// recording.
+// recording. The host sees drawn tokens when it finishes a sample, not before.
 class FakeOps : public Ops {
  public:
   explicit FakeOps(Device device = Device::kCpu) : device_(device) {}
@@ -118,6 +118,8 @@ class FakeOps : public Ops {
 
   void Sample(const SampleParams& params) override {
     const int64_t vocab_size = params.logits.shape[1];
+    drawn_.assign(params.rows.size(), SampleResult());
+    results_ = params.results;
     for (size_t i = 0; i < params.rows.size(); ++i) {
       const SampleRow& row = params.rows[i];
       float* logits = params.logits.Rows(static_cast<int64_t>(i), 1).Data<float>();
@@ -134,14 +136,30 @@ class FakeOps : public Ops {
           best = static_cast<int32_t>(hash % static_cast<uint64_t>(vocab_size));
         } while (logits[best] <= -1e9f);
       }
-      SampleResult& result = params.results[i];
-      GLOAM_CHECK(result.top.empty());
+      SampleResult& result = drawn_[i];
       result.token = best;
       if (row.num_logprobs >= 0) FillLogprobs(logits, best, row.num_logprobs, &result);
     }
   }
+  void FinishSample() override {
+    GLOAM_CHECK(results_.size() == drawn_.size());
+    std::copy(drawn_.begin(), drawn_.end(), results_.begin());
+    results_ = {};
+  }
+  void TakeDrawnTokens(const DrawnTokensParams& params) override {
+    Run([this, params] {
+      for (int i = 0; i < params.num_tokens; ++i) {
+        int32_t& token = params.token_ids[i];
+        if (token >= 0) continue;
+        GLOAM_CHECK(device_ != Device::kCpu);
+        token = drawn_.at(static_cast<size_t>(-1 - token)).token;
+        ++num_tokens_handed_over;
+      }
+    });
+  }
 
   void Score(const ScoreParams& params) override {
+    GLOAM_CHECK(results_.empty());
     for (size_t i = 0; i < params.tokens.size(); ++i) {
       params.results[i].token = params.tokens[i];
       FillLogprobs(params.logits.Rows(static_cast<int64_t>(i), 1).Data<float>(), params.tokens[i],
@@ -155,6 +173,7 @@ class FakeOps : public Ops {
   size_t num_bytes_staged = 0;
   int num_copies_staged = 0;
   int num_repeats = 0;
+  int num_tokens_handed_over = 0;  // from a Sample to the next step without the host
   StepLimits reserved;
 
  private:
@@ -167,6 +186,8 @@ class FakeOps : public Ops {
   const Device device_;
   std::map<uint64_t, std::vector<std::function<void()>>> recordings_;
   std::vector<std::function<void()>>* recording_ = nullptr;  // while a step is being recorded
+  std::vector<SampleResult> drawn_;                          // by the last Sample
+  std::span<SampleResult> results_;                          // of the last Sample, unless finished
 };
 
 class FakeModel : public Model {

@@ -87,10 +87,23 @@ struct Gpu {
     backend->Sample({.logits = batch.View(device.data() + misalign, Device::kCuda),
                      .rows = batch.rows,
                      .results = results});
-    std::vector<int32_t> tokens(results.size());
-    GLOAM_CUDA_CHECK(cudaMemcpy(tokens.data(), backend->device_tokens(),
-                                tokens.size() * sizeof(int32_t), cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < tokens.size(); ++i) REQUIRE(tokens[i] == results[i].token);
+    // The next step's input, enqueued before the host knows it: the rows in reverse, and between
+    // them tokens that it knows.
+    const auto num_rows = static_cast<int>(results.size());
+    std::vector<int32_t> input;
+    for (int row = num_rows - 1; row >= 0; --row) {
+      input.push_back(DrawnToken(row));
+      input.push_back(row + 1000);
+    }
+    const DeviceArray<int32_t> token_ids(input);
+    backend->TakeDrawnTokens({.token_ids = token_ids.data(), .num_tokens = 2 * num_rows});
+    backend->FinishSample();
+    const std::vector<int32_t> tokens = token_ids.Download();
+    for (int row = 0; row < num_rows; ++row) {
+      const size_t at = 2 * static_cast<size_t>(num_rows - 1 - row);
+      REQUIRE(tokens[at] == results[row].token);
+      REQUIRE(tokens[at + 1] == row + 1000);
+    }
     return results;
   }
 
@@ -551,6 +564,27 @@ TEST_CASE("lists longer than what was reserved") {
       batch.Add(NormalLogits(kVocab, rng, 2), row, lists);
     }
     CheckBatch(gpu, batch, tally);
+  }
+}
+
+TEST_CASE("a Sample that nobody finishes gives way to what is called next") {
+  std::mt19937 rng(kSeed);
+  Gpu gpu;
+  for (const float temperature : {0.0f, 1.0f}) {
+    Batch batch(32000);
+    for (int i = 0; i < 9; ++i) {
+      batch.Add(NormalLogits(32000, rng, 2), {.temperature = temperature, .seed = 5});
+    }
+    const std::vector<SampleResult> expected = gpu.Sample(batch);
+    for (int i = 0; i < 3; ++i) {
+      const DeviceArray<float> device(batch.logits);
+      std::vector<SampleResult> dropped(batch.rows.size());
+      gpu.backend->Sample({.logits = batch.View(device.data(), Device::kCuda),
+                           .rows = batch.rows,
+                           .results = dropped});
+      const std::vector<SampleResult> got = gpu.Sample(batch);
+      for (size_t row = 0; row < got.size(); ++row) REQUIRE(got[row].token == expected[row].token);
+    }
   }
 }
 
