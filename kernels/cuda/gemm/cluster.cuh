@@ -34,16 +34,25 @@ __device__ __forceinline__ float4 LoadFromBlock(uint32_t address, int rank) {
   return out;
 }
 
-// The sum of parts 0, 1, ... of four floats each: every block of the cluster has `per_block` of
-// them, the first at `address` of its shared memory, the others `part_bytes` after one another.
+// The sum of parts 0, 1, ... of four floats each, at most kMaxParts of them: every block of the
+// cluster has `per_block`, the first at `address` of its shared memory, the others `part_bytes`
+// after one another. All are asked for before the first is needed.
+template <int kMaxParts>
 __device__ __forceinline__ float4 SumOfParts(uint32_t address, int num_parts, int per_block = 1,
                                              int part_bytes = 0) {
-  float4 sum = LoadFromBlock(address, 0);
+  float4 parts[kMaxParts];
 #pragma unroll
-  for (int i = 1; i < kMaxClusterBlocks; ++i) {
-    if (i >= num_parts) break;
-    const float4 part = LoadFromBlock(address + i % per_block * part_bytes, i / per_block);
-    sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+  for (int i = 0; i < kMaxParts; ++i) {
+    if (i < num_parts) {
+      parts[i] = LoadFromBlock(address + i % per_block * part_bytes, i / per_block);
+    }
+  }
+  float4 sum = parts[0];
+#pragma unroll
+  for (int i = 1; i < kMaxParts; ++i) {
+    if (i < num_parts) {
+      sum = {sum.x + parts[i].x, sum.y + parts[i].y, sum.z + parts[i].z, sum.w + parts[i].w};
+    }
   }
   return sum;
 }

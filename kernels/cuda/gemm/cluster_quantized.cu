@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       sums[token * kSumStride + row] = acc[n][c];
     }
   }
-  StoreClusterSums<ClusterFormat, kBlockRows, kTokens, kSumStride>(params, first_unit, first_token,
-                                                                   sums, num_ranks, 1);
+  StoreClusterSums<ClusterFormat, kMaxClusterBlocks, kBlockRows, kTokens, kSumStride>(
+      params, first_unit, first_token, sums, num_ranks, 1);
 }
 
 template <WeightType kType, int kTiles>

@@ -9,8 +9,8 @@ namespace gloam::cuda {
 
 // Adds up the parts of a tile of kRows rows of W by up to kTokens of x and stores the sums; a block
 // does its share. `sums`: this block's parts, [per_block][kTokens][kStride], which it has written
-// before; part i of all is one of block i / per_block.
-template <typename Format, int kRows, int kTokens, int kStride>
+// before; part i of all num_parts is one of block i / per_block.
+template <typename Format, int kMaxParts, int kRows, int kTokens, int kStride>
 __device__ __forceinline__ void StoreClusterSums(const StreamGemmParams& params, int first_unit,
                                                  int first_token, const float* sums, int num_parts,
                                                  int per_block) {
@@ -23,8 +23,8 @@ __device__ __forceinline__ void StoreClusterSums(const StreamGemmParams& params,
     const int row = i % kQuads * 4;
     const int unit = first_unit + row / kUnitRows;
     if (unit >= params.num_units) continue;
-    const float4 sum =
-        SumOfParts(SharedAddress(sums + token * kStride + row), num_parts, per_block, kPartBytes);
+    const float4 sum = SumOfParts<kMaxParts>(SharedAddress(sums + token * kStride + row), num_parts,
+                                             per_block, kPartBytes);
     const auto store = [&](int offset, float value) {
       StoreOutput<Format>(params, unit, row % kUnitRows + offset, first_token + token, value);
     };

@@ -344,7 +344,7 @@ class Multiplier {
       const int token = i / quads;
       const int row = i % quads * 4;
       WriteQuad(token, tile.row + row,
-                SumOfParts(SharedAddress(&shared_.sums[token][row]), p_.num_parts));
+                SumOfParts<kMaxParts>(SharedAddress(&shared_.sums[token][row]), p_.num_parts));
     }
   }
 

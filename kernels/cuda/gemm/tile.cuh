@@ -190,8 +190,8 @@ __global__ void __launch_bounds__(TileShape<Format, kTiles, kWarps>::kThreads, 1
     });
     return;
   }
-  StoreClusterSums<Format, T::kRows, T::kTokens, T::kSumStride>(params, first_unit, first_token,
-                                                                parts, kSumParts, own_parts);
+  StoreClusterSums<Format, kSumParts, T::kRows, T::kTokens, T::kSumStride>(
+      params, first_unit, first_token, parts, kSumParts, own_parts);
 }
 
 template <typename Format, int kTiles, int kWarps>
