@@ -21,9 +21,9 @@ namespace {
 // Most rows of x that the streaming kernels take before cuBLASLt is faster.
 constexpr int64_t kMaxStreamedBF16 = 16;
 // Rows of x that the kernel of batch-invariant mode takes in any mode, of large bf16 weights: fewer
-// are streamed, of more gated products are made in other kernels and others by cuBLASLt. A layer of
-// Llama-3.1-8B on an H100 (2026-11-26), us, streamed and with that kernel: 4 rows 151.5 and 152.5,
-// 8 rows 155.6 and 152.3, 16 rows 163.3 and 152.9.
+// are streamed, more go to cuBLASLt, of gated products to other kernels. A layer of Llama-3.1-8B on
+// an H100 (2026-11-26), us with that kernel and otherwise: 4 rows 152.5 and 151.5, 8 rows 152.3 and
+// 155.6, 16 rows 152.9 and 163.3, 64 rows 158.6 and 165.2, 128 rows 171.2 and 166.8.
 constexpr int64_t kMinOrdered = 8;
 constexpr int64_t kMaxOrdered = 64;
 constexpr int64_t kMaxOrderedGated = 256;
