@@ -24,14 +24,15 @@ std::vector<int> SpreadLayers(int num_layers, int count) {
 }
 
 StatusOr<AttentionProfile> Record(const BenchAttentionOptions& options, ModelConfig& config) {
-  GLOAM_ASSIGN_OR_RETURN(const ResolvedModel resolved, ResolveModel(options.model));
+  GLOAM_ASSIGN_OR_RETURN(const ResolvedModel resolved, ResolveModel(options.model.name));
   if (!resolved.present) {
-    return NotFound("{} is not here yet: gloam pull {}", options.model, options.model);
+    const std::string& name = options.model.name;
+    return NotFound("{} is not here yet: gloam pull {}", name, name);
   }
   if (options.texts.empty()) {
     return InvalidArgument("--text is needed: attention is measured on a run over real text");
   }
-  const std::unique_ptr<Ops> ops = MakeCpuOps({.num_threads = options.threads});
+  const std::unique_ptr<Ops> ops = MakeCpuOps({.num_threads = options.model.settings.threads});
   ProfilingOps profiling(*ops);
   GLOAM_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(resolved.path, profiling, {}));
   config = loaded.model->config();
@@ -56,7 +57,7 @@ ModelConfig ConfigOf(const AttentionProfile& profile) {
   return config;
 }
 
-Status Run(const BenchAttentionOptions& options) {
+Status RunStages(const BenchAttentionOptions& options) {
   ModelConfig config;
   AttentionProfile profile;
   if (!options.replay.empty()) {
@@ -68,7 +69,7 @@ Status Run(const BenchAttentionOptions& options) {
   if (!options.record.empty()) GLOAM_RETURN_IF_ERROR(SaveProfile(profile, options.record));
 
   PolicyRegistryOptions policies;
-  policies.folder = options.sparsity_dir;
+  policies.folder = options.model.settings.sparsity_dir;
   for (const std::string& name : options.policies) {
     if (name != kDensePolicy) policies.enabled.push_back(name);
   }
@@ -82,7 +83,7 @@ Status Run(const BenchAttentionOptions& options) {
     GLOAM_ASSIGN_OR_RETURN(auto policy, registry.Find(name));
     bench.policies.emplace_back(name, std::move(policy));
   }
-  const std::unique_ptr<Ops> ops = MakeCpuOps({.num_threads = options.threads});
+  const std::unique_ptr<Ops> ops = MakeCpuOps({.num_threads = options.model.settings.threads});
   GLOAM_ASSIGN_OR_RETURN(const nlohmann::ordered_json rows,
                          RunAttentionBench(profile, *ops, bench));
   if (options.json) {
@@ -96,7 +97,8 @@ Status Run(const BenchAttentionOptions& options) {
 }  // namespace
 
 int RunBenchAttention(const BenchAttentionOptions& options) {
-  const Status status = Run(options);
+  const bool is_dense = !options.model.random_weights.empty();
+  const Status status = is_dense ? RunBenchDenseAttention(options) : RunStages(options);
   return status.ok() ? 0 : Fail(status);
 }
 

@@ -145,7 +145,10 @@ class StepBench {
                            KvCachePool::Create(*ops_, kv_plan_, config.num_layers));
     pool_ = std::make_unique<KvCachePool>(std::move(pool));
     runner_->SetCache(pool_->layers(), {});
-    FillCache();
+    for (const KvLayerView& layer : pool_->layers()) {
+      FillRandom(*ops_, layer.data,
+                 static_cast<size_t>(layer.num_blocks * layer.layout.block_bytes()), random_);
+    }
     blocks_.resize(kv_plan_.num_blocks);
     std::iota(blocks_.begin(), blocks_.end(), 0);
     std::shuffle(blocks_.begin(), blocks_.end(), random_);
@@ -153,20 +156,6 @@ class StepBench {
   }
 
   // Zeros would make attention flat and cost the memory less than data does.
-  void FillCache() {
-    constexpr int64_t kPieceBytes = int64_t{32} << 20;
-    std::vector<uint16_t> piece(kPieceBytes / sizeof(uint16_t));
-    // bf16 and fp16 of magnitude below 2, of either sign.
-    for (uint16_t& x : piece) x = static_cast<uint16_t>(random_()) & 0xbfff;
-    for (const KvLayerView& layer : pool_->layers()) {
-      const int64_t bytes = layer.num_blocks * layer.layout.block_bytes();
-      for (int64_t at = 0; at < bytes; at += kPieceBytes) {
-        ops_->Upload(static_cast<std::byte*>(layer.data) + at, piece.data(),
-                     static_cast<size_t>(std::min(kPieceBytes, bytes - at)));
-      }
-    }
-  }
-
   bool Fits(int batch, int tokens) const {
     return int64_t{batch} * BlocksFor(tokens) <= kv_plan_.num_blocks;
   }

@@ -103,22 +103,6 @@ struct CalibrateOptions {
 };
 int RunCalibrate(const CalibrateOptions& options);
 
-struct BenchAttentionOptions {
-  std::string model;               // to record a profile; not with `replay`
-  std::vector<std::string> texts;  // files
-  std::string replay;              // profile to measure on
-  std::string record;              // file to keep the profile in
-  std::vector<std::string> policies;
-  std::string sparsity_dir;
-  std::vector<int> contexts;
-  std::vector<int> batches;
-  std::vector<int> layers;  // to record; empty: six of them
-  int repeats = 20;
-  int threads = 0;
-  bool json = false;
-};
-int RunBenchAttention(const BenchAttentionOptions& options);
-
 // The model that parts of a step are measured on.
 struct BenchModelOptions {
   ServeOptions settings;
@@ -126,6 +110,23 @@ struct BenchModelOptions {
   std::string random_weights;               // a shape's name (models/random_model_file.h), or empty
   std::string random_weight_type = "bf16";  // or q4_0, q8_0
 };
+
+// Decode attention: its stages on a profile, on the CPU; or, with random weights, dense attention
+// alone on random keys and values, on either device.
+struct BenchAttentionOptions {
+  BenchModelOptions model;         // to record a profile; not with `replay`
+  std::vector<std::string> texts;  // files
+  std::string replay;              // profile to measure on
+  std::string record;              // file to keep the profile in
+  std::vector<std::string> policies;
+  std::vector<int> contexts;
+  std::vector<int> batches;
+  std::vector<int> layers;  // to record; empty: six of them
+  int repeats = 20;
+  bool json = false;
+};
+int RunBenchAttention(const BenchAttentionOptions& options);
+[[nodiscard]] Status RunBenchDenseAttention(const BenchAttentionOptions& options);
 
 // A step of the engine on random tokens, without requests: decode steps or whole prompts.
 struct BenchStepOptions {

@@ -412,29 +412,28 @@ class Program {
   }
 
   void AddBenchAttention(CLI::App& bench) {
-    CLI::App* command = bench.add_subcommand(
-        "attention", "Decode attention by stage, on queries and keys of a model's run over text");
-    command->callback([this] {
-      run_ = [this] {
-        return WithQuietLog([this] { return RunBenchAttention(bench_attention_options_); });
-      };
-    });
     BenchAttentionOptions& o = bench_attention_options_;
     o.policies = {"twilight", "quest_twi", "quest_1024"};
     o.contexts = {4096, 7680};
     o.batches = {1};
-    auto* model = command->add_option("MODEL", o.model, "GGUF file, folder, or catalogue name");
+    CLI::App* command =
+        AddModelBench(bench, "attention",
+                      "Decode attention: by stage, on queries and keys of a model's run over text, "
+                      "on the CPU; or, "
+                      "with --random-weights, dense attention of that shape on either device",
+                      o, RunBenchAttention);
     auto* replay = command->add_option("--replay", o.replay, "Recorded profile to measure on")
                        ->type_name("FILE")
-                       ->check(CLI::ExistingFile);
-    model->excludes(replay);
+                       ->check(CLI::ExistingFile)
+                       ->excludes(command->get_option("MODEL"))
+                       ->excludes(command->get_option("--random-weights"));
     command->add_option("--text", o.texts, "Files of text to run the model over")
-        ->type_name("FILE");
+        ->type_name("FILE")
+        ->excludes(replay);
     command->add_option("--record", o.record, "Keep the profile in this file")->type_name("FILE");
     command->add_option("--policies", o.policies, "Policies to measure beside dense")
         ->delimiter(',')
         ->capture_default_str();
-    command->add_option("--sparsity-dir", o.sparsity_dir, "Folder of policies")->type_name("DIR");
     AddCounts(command, "--context", o.contexts, "Contexts in tokens");
     AddCounts(command, "--batch", o.batches, "Sequences that decode together");
     command->add_option("--layers", o.layers, "Layers to record (default: six, spread)")
@@ -442,9 +441,6 @@ class Program {
     command->add_option("--repeats", o.repeats, "Runs per layer; the median counts")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
-    command->add_option("--threads", o.threads, "Default: one per core")
-        ->check(CLI::NonNegativeNumber);
-    command->add_flag("--json", o.json, "Print rows as JSON");
   }
 
   // A bench of a model's parts: `run` gets the options, whose model's settings are parsed by then.

@@ -30,8 +30,27 @@ def test_gemm_has_a_row_per_product():
     assert abs(layer["layer"]["megabytes"] - parts) < 1e-6
 
 
+def test_dense_attention_has_a_row_per_batch_and_context():
+    done = bench(
+        "attention", *SHAPE, "--batch", "1,2", "--context", "33,64", "--repeats", "1", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    rows = report["rows"]
+    assert [(row["batch"], row["context"]) for row in rows] == [(1, 33), (1, 64), (2, 33), (2, 64)]
+    # Keys and values of 3 heads of 64 channels in two bytes each.
+    assert all(
+        abs(row["megabytes"] * 1e6 - row["batch"] * row["context"] * 2 * 3 * 64 * 2) < 1
+        for row in rows
+    )
+    assert all(row["us"] > 0 and row["gigabytes_per_second"] > 0 for row in rows)
+    assert report["facts"]["kv_cache_dtype"] == "bf16"
+
+
 def test_wrong_use_names_the_setting():
     done = bench("gemm", "--random-weights", "nope")
     assert done.returncode == 1 and "'nope' is not a known shape" in done.stderr
     done = bench("gemm", *SHAPE, "--batch", "0")
     assert done.returncode == 2 and "--batch: Value 0 not in range 1 to" in done.stderr
+    done = bench("attention", *SHAPE, "--replay", __file__)
+    assert done.returncode == 2 and "--random-weights excludes --replay" in done.stderr
