@@ -19,6 +19,7 @@ struct EngineOptions {
   int max_model_len = 0;              // 0: the model's own context length
   int max_num_seqs = 256;             // sequences in one step
   int max_num_batched_tokens = 2048;  // tokens in one step (prefill chunks share it with decode)
+  int max_tokens_beside_decode = 0;   // the same where a sequence decodes; 0: as many
   int max_queued_requests = 1024;
   int64_t num_kv_blocks = 0;                  // 0: from kv_cache_bytes
   int64_t kv_cache_bytes = int64_t{1} << 30;  // 0, on a GPU: what gpu_memory_utilization leaves

@@ -63,6 +63,11 @@ StatusOr<std::unique_ptr<EngineCore>> EngineCore::Create(const EngineOptions& op
   scheduling.max_num_batched_tokens = options.max_num_batched_tokens;
   // Every running sequence needs room for its token in each step.
   scheduling.max_num_seqs = std::min(options.max_num_seqs, options.max_num_batched_tokens);
+  scheduling.max_tokens_beside_decode = options.max_num_batched_tokens;
+  if (options.max_tokens_beside_decode > 0) {
+    scheduling.max_tokens_beside_decode = std::clamp(
+        options.max_tokens_beside_decode, scheduling.max_num_seqs, options.max_num_batched_tokens);
+  }
   scheduling.max_score_rows = std::min(kMaxScoreRows, options.max_num_batched_tokens);
   scheduling.enable_prefix_caching = options.enable_prefix_caching;
 
@@ -101,7 +106,7 @@ EngineCore::EngineCore(const SchedulerOptions& options, const KvPlan& kv_plan,
                        MetricsRegistry& metrics, KvCachePool kv_pool, ModelRunner runner)
     : kv_plan_(kv_plan),
       memory_plan_(memory_plan),
-      min_prefill_tokens_(std::max(1, options.max_num_batched_tokens - options.max_num_seqs + 1)),
+      min_prefill_tokens_(std::max(1, options.max_tokens_beside_decode - options.max_num_seqs + 1)),
       ops_(ops),
       model_(std::move(model)),
       tokenizer_(tokenizer),

@@ -51,6 +51,10 @@ Scheduler::Scheduler(const SchedulerOptions& options)
     : options_(options), blocks_(options.num_blocks, options.enable_prefix_caching) {
   GLOAM_CHECK(options.max_num_seqs >= 1 && options.max_num_batched_tokens >= 1);
   GLOAM_CHECK(options.max_score_rows >= 1 && options.num_blocks >= 1);
+  if (options.max_tokens_beside_decode == 0) {
+    options_.max_tokens_beside_decode = options.max_num_batched_tokens;
+  }
+  GLOAM_CHECK(options_.max_tokens_beside_decode <= options.max_num_batched_tokens);
   running_.reserve(options.max_num_seqs);
   plan_.sequences.reserve(options.max_num_seqs);
 }
@@ -91,15 +95,15 @@ const StepPlan& Scheduler::Schedule() {
 void Scheduler::ScheduleRunning() {
   const auto num_decoding = std::count_if(running_.begin(), running_.end(),
                                           [](const Sequence* s) { return s->num_pending() == 1; });
-  int prefill_budget =
-      std::max(0, options_.max_num_batched_tokens - static_cast<int>(num_decoding));
+  token_budget_ =
+      num_decoding > 0 ? options_.max_tokens_beside_decode : options_.max_num_batched_tokens;
+  int prefill_budget = std::max(0, token_budget_ - static_cast<int>(num_decoding));
 
   // Pre-emption shortens running_ at its end, behind or at the sequence in hand.
   for (size_t i = 0; i < running_.size(); ++i) {
     Sequence& sequence = *running_[i];
     const bool decoding = sequence.num_pending() == 1;
-    const int limit =
-        decoding ? options_.max_num_batched_tokens - plan_.num_tokens : prefill_budget;
+    const int limit = decoding ? token_budget_ - plan_.num_tokens : prefill_budget;
     const int num_tokens = ChunkLength(sequence, sequence.num_computed, limit);
     if (num_tokens == 0) continue;
     while (sequence.state == SequenceState::kRunning &&
@@ -120,8 +124,8 @@ void Scheduler::AdmitWaiting() {
     static const BlockManager::PrefixMatch kNoMatch;
     const BlockManager::PrefixMatch& match =
         sequence.needs_scores() ? kNoMatch : blocks_.FindPrefix(ShareableTokens(sequence));
-    const int num_tokens = ChunkLength(sequence, match.num_tokens(),
-                                       options_.max_num_batched_tokens - plan_.num_tokens);
+    const int num_tokens =
+        ChunkLength(sequence, match.num_tokens(), token_budget_ - plan_.num_tokens);
     if (num_tokens == 0) return;
 
     // All of its tokens must find room, not only this step's: a sequence that is admitted too

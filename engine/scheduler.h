@@ -2,9 +2,10 @@
 // hold. Pure bookkeeping: no model, no device, no clock. Owned by EngineCore; engine thread only.
 //
 // Running sequences go first, each with one token when it decodes or with a chunk of its prompt
-// when it is in prefill; the decoding ones have their token reserved, so a long prompt never stops
-// them. What is left of the token budget admits waiting sequences. When blocks run out, the running
-// sequence that is last in order gives up its blocks and waits again; it recomputes later.
+// when it is in prefill. The decoding ones have their token reserved, so a long prompt never stops
+// them, and a step with any may be shorter than others, so that none waits for long. What is left
+// of the token budget admits waiting sequences. When blocks run out, the running sequence that is
+// last in order gives up its blocks and waits again; it recomputes later.
 //
 // A step may be planned while the one before still runs on a device, and draws the last tokens of
 // some sequences (Sequence::drawn_in_row); they must be known when the planned step is advanced.
@@ -25,7 +26,10 @@ namespace gloam {
 struct SchedulerOptions {
   int max_num_seqs = 256;             // sequences in one step
   int max_num_batched_tokens = 2048;  // tokens in one step
-  int max_score_rows = 128;           // prompt tokens in one step that get log-probabilities
+  // The same where a sequence decodes, which waits so long for its next token; max_num_seqs at
+  // least. 0: max_num_batched_tokens.
+  int max_tokens_beside_decode = 0;
+  int max_score_rows = 128;  // prompt tokens in one step that get log-probabilities
   int64_t num_blocks = 0;
   bool enable_prefix_caching = true;
 };
@@ -87,11 +91,12 @@ class Scheduler {
   void PreemptLast();
   int64_t BlocksReservedByRunning() const;
 
-  const SchedulerOptions options_;
+  SchedulerOptions options_;  // never changes
   BlockManager blocks_;
   std::set<Sequence*, ByOrder> waiting_;
   std::vector<Sequence*> running_;  // sorted by order
   StepPlan plan_;
+  int token_budget_ = 0;  // of the step
   int64_t num_preemptions_ = 0;
   int64_t num_prefix_queries_ = 0;
   int64_t num_prefix_hits_ = 0;

@@ -9,6 +9,10 @@ namespace {
 
 constexpr int kCpuBatchedTokens = 2048;
 constexpr int kGpuBatchedTokens = 8192;
+// Where nobody waits for a next token, long prompts are a little faster in longer chunks (32k
+// tokens of an 8B on an H100: 1,170 ms instead of 1,177). Their activations take memory.
+constexpr int kLargeGpuBatchedTokens = 16384;
+constexpr int64_t kLargeGpuBytes = int64_t{64} << 30;
 
 struct NamedDType {
   std::string_view name;
@@ -78,9 +82,13 @@ std::string_view KvDTypeName(DType dtype) {
   return {};
 }
 
-int MaxBatchedTokens(const ServeOptions& options, Device device) {
-  if (options.max_num_batched_tokens > 0) return options.max_num_batched_tokens;
-  return device == Device::kCuda ? kGpuBatchedTokens : kCpuBatchedTokens;
+BatchedTokens BatchedTokensOf(const ServeOptions& options, const Ops& ops) {
+  if (options.max_num_batched_tokens > 0) {
+    return {options.max_num_batched_tokens, options.max_num_batched_tokens};
+  }
+  if (ops.device() != Device::kCuda) return {kCpuBatchedTokens, kCpuBatchedTokens};
+  const bool is_large = ops.memory().total_bytes >= kLargeGpuBytes;
+  return {is_large ? kLargeGpuBatchedTokens : kGpuBatchedTokens, kGpuBatchedTokens};
 }
 
 }  // namespace gloam

@@ -20,7 +20,12 @@ namespace gloam {
 DType KvDTypeOf(const ServeOptions& options, const ModelConfig& config);
 std::string_view KvDTypeName(DType dtype);
 
-// --max-num-batched-tokens, or what suits the device.
-int MaxBatchedTokens(const ServeOptions& options, Device device);
+// Tokens of a step at most, and of one in which a sequence decodes: --max-num-batched-tokens, or
+// what suits the device.
+struct BatchedTokens {
+  int max = 0;
+  int beside_decode = 0;
+};
+BatchedTokens BatchedTokensOf(const ServeOptions& options, const Ops& ops);
 
 }  // namespace gloam

@@ -122,7 +122,7 @@ class StepBench {
     const int num_new_tokens = kWarmUpSteps + options_.steps + 1;
     limits_ = {.max_num_seqs = max_batch,
                .max_num_batched_tokens =
-                   std::max(max_batch, MaxBatchedTokens(options_.model.settings, ops_->device())),
+                   std::max(max_batch, BatchedTokensOf(options_.model.settings, *ops_).max),
                .max_model_len = max_context + num_new_tokens};
     GLOAM_ASSIGN_OR_RETURN(ModelRunner runner, ModelRunner::Create(limits_, *ops_, *model_));
     runner_ = std::make_unique<ModelRunner>(std::move(runner));

@@ -77,7 +77,7 @@ int64_t DefaultKvCacheBytes() {
   return std::max(kMinKvCacheBytes, static_cast<int64_t>(free * kFreeMemoryShare));
 }
 
-// Far above the longest step of a GPU, 8192 tokens of prefill at full context.
+// Far above the longest step of a GPU, 16384 tokens of prefill at full context.
 constexpr double kGpuStepTimeout = 60;  // seconds
 
 }  // namespace
@@ -147,7 +147,9 @@ Status LocalModel::StartEngine(const ServeOptions& options, const std::string& n
   engine.sidecars = service_options.policies->sidecars();
   engine.max_model_len = options.max_model_len;
   engine.max_num_seqs = options.max_num_seqs;
-  engine.max_num_batched_tokens = MaxBatchedTokens(options, ops_->device());
+  const BatchedTokens batched_tokens = BatchedTokensOf(options, *ops_);
+  engine.max_num_batched_tokens = batched_tokens.max;
+  engine.max_tokens_beside_decode = batched_tokens.beside_decode;
   engine.max_queued_requests = options.max_queued_requests;
   engine.kv_cache_bytes = options.kv_cache_memory;
   if (engine.kv_cache_bytes == 0 && !on_gpu) engine.kv_cache_bytes = DefaultKvCacheBytes();

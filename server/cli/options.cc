@@ -235,7 +235,7 @@ OptionTable::OptionTable(ServeOptions* o) {
   scheduling.Int("max-num-seqs", &o->max_num_seqs, 1, 65536, "Sequences that run at a time");
   scheduling.Int("max-num-batched-tokens", &o->max_num_batched_tokens, 1, 1 << 20,
                  "Tokens in one step; long prompts are split into chunks (default: 8192 on a GPU, "
-                 "2048 on the CPU)",
+                 "16384 on one of 64 GiB while nothing decodes, 2048 on the CPU)",
                  "auto");
   scheduling.Flag("enable-prefix-caching", &o->enable_prefix_caching,
                   "Keep the KV cache of earlier prompts and reuse equal beginnings");

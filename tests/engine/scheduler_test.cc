@@ -82,6 +82,24 @@ TEST_CASE("a long prompt that came first does not stop later ones from decoding"
   }
 }
 
+TEST_CASE("a step in which a sequence decodes may have fewer tokens") {
+  Scheduler scheduler({.max_num_seqs = 4,
+                       .max_num_batched_tokens = 16,
+                       .max_tokens_beside_decode = 8,
+                       .num_blocks = 100});
+  const auto a = MakeSequence(1, 20);
+  const auto b = MakeSequence(2, 100);
+  scheduler.Add(*a);
+  scheduler.Add(*b);
+  for (const int num_tokens : {16, 16, 8, 8}) {  // from the third on `a` decodes
+    const StepPlan& plan = scheduler.Schedule();
+    CHECK(plan.num_tokens == num_tokens);
+    RunStep(scheduler, plan);
+  }
+  scheduler.Remove(*a);
+  CHECK(scheduler.Schedule().num_tokens == 16);
+}
+
 TEST_CASE("lower priority values first, then first come") {
   Scheduler scheduler({.max_num_seqs = 1, .max_num_batched_tokens = 8, .num_blocks = 10});
   const auto a = MakeSequence(1, 4, 1);
@@ -181,6 +199,8 @@ TEST_CASE("random arrivals, removals and steps keep the books right, and everyon
     SchedulerOptions options;
     options.max_num_seqs = 1 + draw(8);
     options.max_num_batched_tokens = options.max_num_seqs + draw(60);
+    options.max_tokens_beside_decode =
+        std::min(options.max_num_seqs + draw(60), options.max_num_batched_tokens);
     options.max_score_rows = 1 + draw(20);
     options.num_blocks = 6 + draw(12);
     options.enable_prefix_caching = seed % 4 != 0;
@@ -210,6 +230,10 @@ TEST_CASE("random arrivals, removals and steps keep the books right, and everyon
       } else {
         REQUIRE(--steps_left > 0);
         const bool has_work = scheduler.HasWork();
+        const bool decodes = std::any_of(live.begin(), live.end(), [](const Live& entry) {
+          const Sequence& s = *entry.sequence;
+          return s.state == SequenceState::kRunning && s.num_pending() == 1;
+        });
         const StepPlan& plan = scheduler.Schedule();
         RequireIntegrity(scheduler);
         CHECK(plan.sequences.empty() == !has_work);
@@ -222,7 +246,8 @@ TEST_CASE("random arrivals, removals and steps keep the books right, and everyon
           num_tokens += scheduled.num_tokens;
         }
         REQUIRE(num_tokens == plan.num_tokens);
-        REQUIRE(num_tokens <= options.max_num_batched_tokens);
+        REQUIRE(num_tokens <=
+                (decodes ? options.max_tokens_beside_decode : options.max_num_batched_tokens));
         REQUIRE(plan.num_score_rows <= options.max_score_rows);
         REQUIRE(static_cast<int>(seen.size()) <= options.max_num_seqs);
         for (const Live& entry : live) {  // whoever decodes is in every step
