@@ -1,7 +1,7 @@
 // Speed of the CPU's attention in SmolLM2's shape (9 query heads, 3 KV heads of 64, bf16 cache, 30
 // layers): decode in milliseconds per token and GB/s of KV read, beside the rate at which the same
-// bytes can be read at all; prefill in GFLOP/s.
-//   attention_cpu_bench [num_threads] [decode|prefill]
+// bytes can be read at all; many short contexts at once; prefill in GFLOP/s.
+//   attention_cpu_bench [num_threads] [decode|streams|prefill]
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -73,16 +73,37 @@ struct Bench {
   void Run(int num_tokens, int context, int num_layers) {
     const int32_t cu_seqlens[] = {0, num_tokens};
     const int32_t context_len = context;
+    RunLayers({.num_seqs = 1,
+               .num_tokens = num_tokens,
+               .max_blocks_per_seq = static_cast<int>(block_table.size()),
+               .positions = positions.data() + context - num_tokens,
+               .cu_seqlens = cu_seqlens,
+               .context_lens = &context_len,
+               .block_tables = block_table.data()},
+              num_layers);
+  }
+
+  // The last token of `num_seqs` contexts in blocks of their own, in all layers.
+  void RunStreams(int num_seqs, int context) {
+    std::vector<int32_t> cu_seqlens(num_seqs + 1);
+    std::iota(cu_seqlens.begin(), cu_seqlens.end(), 0);
+    const std::vector<int32_t> context_lens(num_seqs, context);
+    const std::vector<int32_t> last_positions(num_seqs, context - 1);
+    RunLayers({.num_seqs = num_seqs,
+               .num_tokens = num_seqs,
+               .max_blocks_per_seq = context / kBlockTokens,
+               .positions = last_positions.data(),
+               .cu_seqlens = cu_seqlens.data(),
+               .context_lens = context_lens.data(),
+               .block_tables = block_table.data()},
+              kLayers);
+  }
+
+  void RunLayers(const SequenceBatch& batch, int num_layers) {
     AttentionParams params;
-    params.batch.num_seqs = 1;
-    params.batch.num_tokens = num_tokens;
-    params.batch.max_blocks_per_seq = static_cast<int>(block_table.size());
-    params.batch.positions = positions.data() + context - num_tokens;
-    params.batch.cu_seqlens = cu_seqlens;
-    params.batch.context_lens = &context_len;
-    params.batch.block_tables = block_table.data();
-    params.q =
-        TensorView::Contiguous(q.data(), DType::kF32, Device::kCpu, {num_tokens, kHeads, kHeadDim});
+    params.batch = batch;
+    params.q = TensorView::Contiguous(q.data(), DType::kF32, Device::kCpu,
+                                      {batch.num_tokens, kHeads, kHeadDim});
     params.out = params.q;
     params.out.data = out.data();
     params.kv = view;
@@ -122,6 +143,16 @@ void MeasureDecode(Bench& bench) {
   }
 }
 
+void MeasureStreams(Bench& bench) {
+  constexpr int kStreams = 32;
+  for (const int context : {128, 192}) {
+    const double bytes = 4.0 * kKvHeads * kHeadDim * context * kStreams * kLayers;
+    const double seconds = BestSeconds([&] { bench.RunStreams(kStreams, context); });
+    fmt::print("streams {} of {:4} tokens: {:7.3f} ms/step  {:6.1f} GB/s\n", kStreams, context,
+               seconds * 1e3, bytes / seconds * 1e-9);
+  }
+}
+
 void MeasurePrefill(Bench& bench) {
   for (const auto& [tokens, context] :
        {std::pair{128, 128}, {512, 512}, {512, kMaxContext}, {kMaxContext, kMaxContext}}) {
@@ -141,13 +172,15 @@ int main(int argc, char** argv) {
   const int num_threads = argc > 1 ? std::atoi(argv[1]) : 2;
   const std::string what = argc > 2 ? argv[2] : "";
   if (num_threads < 1 || num_threads > 64 ||
-      (!what.empty() && what != "decode" && what != "prefill")) {
-    fmt::print(stderr, "usage: attention_cpu_bench [num_threads, 1 to 64] [decode|prefill]\n");
+      (!what.empty() && what != "decode" && what != "streams" && what != "prefill")) {
+    fmt::print(stderr,
+               "usage: attention_cpu_bench [num_threads, 1 to 64] [decode|streams|prefill]\n");
     return 2;
   }
   gloam::cpu::Bench bench(num_threads, gloam::cpu::kMaxContext);
   fmt::print("threads {}\n", num_threads);
-  if (what != "prefill") gloam::cpu::MeasureDecode(bench);
-  if (what != "decode") gloam::cpu::MeasurePrefill(bench);
+  if (what.empty() || what == "decode") gloam::cpu::MeasureDecode(bench);
+  if (what.empty() || what == "streams") gloam::cpu::MeasureStreams(bench);
+  if (what.empty() || what == "prefill") gloam::cpu::MeasurePrefill(bench);
   return 0;
 }
