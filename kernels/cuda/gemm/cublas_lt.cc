@@ -159,15 +159,17 @@ std::unique_ptr<CublasLt::Plan> CublasLt::MakePlan(const PlainProduct& product) 
   f.preference_destroy(preference);
   Check(status);
   GLOAM_CHECK(num_results >= 1);
-  plan->algo = BestOf(std::span(results.data(), num_results));
+  plan->algo = BestOf(std::span(results.data(), num_results), product.m);
   return plan;
 }
 
 // cuBLASLt's first choice, unless it splits the sums over k, which costs a pass over partial sums,
-// where another fills the GPU in one go. Down of Llama-3.1-8B on an H100, us (2026-11-26): 48.2
-// with, 44.8 without for 64 rows; 54.0 and 46.8 for 128.
-cublasLtMatmulAlgo_t CublasLt::BestOf(
-    std::span<const cublasLtMatmulHeuristicResult_t> results) const {
+// where another fills the GPU in one go. That one's tiles have 64 rows of x, and where they do not
+// divide m the split is faster. Down of Llama-3.1-8B on an H100, us, first choice and the other
+// (2026-11-26): 48.2 and 44.8 for 64 rows, 54.0 and 46.8 for 128; but 51.7 and 60.3 for 96, 56.3
+// and 63.6 for 160, 63.5 and 68.2 for 224.
+cublasLtMatmulAlgo_t CublasLt::BestOf(std::span<const cublasLtMatmulHeuristicResult_t> results,
+                                      int64_t m) const {
   const auto num_splits = [&](const cublasLtMatmulAlgo_t& algo) {
     int32_t splits = 1;
     size_t size = 0;
@@ -176,7 +178,8 @@ cublasLtMatmulAlgo_t CublasLt::BestOf(
     return splits;
   };
   constexpr float kAlmostFull = 0.9f;
-  if (num_splits(results[0].algo) > 1) {
+  constexpr int kTileRows = 64;
+  if (m % kTileRows == 0 && num_splits(results[0].algo) > 1) {
     for (const cublasLtMatmulHeuristicResult_t& result : results) {
       if (result.wavesCount >= kAlmostFull && result.wavesCount <= 1 &&
           num_splits(result.algo) <= 1) {

@@ -38,7 +38,8 @@ class CublasLt {
   Plan& PlanFor(const PlainProduct& product);
   std::unique_ptr<Plan> MakePlan(const PlainProduct& product);
   // `results` are ordered by expected time, the shortest first.
-  cublasLtMatmulAlgo_t BestOf(std::span<const cublasLtMatmulHeuristicResult_t> results) const;
+  cublasLtMatmulAlgo_t BestOf(std::span<const cublasLtMatmulHeuristicResult_t> results,
+                              int64_t m) const;
 
   std::unique_ptr<Functions> functions_;
   cublasLtHandle_t handle_ = nullptr;
