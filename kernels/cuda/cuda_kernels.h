@@ -18,6 +18,12 @@ namespace gloam::cuda {
 // read_rate.cu. Synchronises.
 double MeasureReadRate(const DeviceContext& context);
 
+// step_input.cu. Copies pinned memory, which must not change before the copy has ended.
+void CopyFromPinned(const void* host, void* device, size_t bytes, const DeviceContext& context);
+// `drawn`: SampleBackend::device_tokens.
+void TakeDrawnTokens(const DrawnTokensParams& params, const int32_t* drawn,
+                     const DeviceContext& context);
+
 // elementwise.cu
 void RmsNorm(const RmsNormParams& params, const DeviceContext& context);
 void SiluMul(const SiluMulParams& params, const DeviceContext& context);
@@ -60,7 +66,6 @@ class SampleBackend {
   virtual void Sample(const SampleParams& params) = 0;
   virtual void FinishSample() = 0;  // see Ops
   virtual void Score(const ScoreParams& params) = 0;
-  virtual void TakeDrawnTokens(const DrawnTokensParams& params) = 0;
   // [num_rows] of the last Sample, on the device; stays where it is while no call has more rows
   // than were reserved.
   virtual const int32_t* device_tokens() const = 0;

@@ -102,9 +102,8 @@ class CudaOps final : public Ops {
   void BeginStep() override { GLOAM_CUDA_CHECK(cudaEventSynchronize(staged_.get())); }
   void Stage(const StagedBuffer& buffer, size_t offset, size_t bytes) override {
     GLOAM_CHECK(offset + bytes <= buffer.host.bytes());
-    GLOAM_CUDA_CHECK(cudaMemcpyAsync(static_cast<std::byte*>(buffer.device.data()) + offset,
-                                     static_cast<const std::byte*>(buffer.host.data()) + offset,
-                                     bytes, cudaMemcpyHostToDevice, context_.stream));
+    cuda::CopyFromPinned(static_cast<const std::byte*>(buffer.host.data()) + offset,
+                         static_cast<std::byte*>(buffer.device.data()) + offset, bytes, context_);
     GLOAM_CUDA_CHECK(cudaEventRecord(staged_.get(), context_.stream));
   }
 
@@ -131,7 +130,7 @@ class CudaOps final : public Ops {
   void Sample(const SampleParams& params) override { sample_->Sample(params); }
   void FinishSample() override { sample_->FinishSample(); }
   void TakeDrawnTokens(const DrawnTokensParams& params) override {
-    sample_->TakeDrawnTokens(params);
+    cuda::TakeDrawnTokens(params, sample_->device_tokens(), context_);
   }
   void Score(const ScoreParams& params) override { sample_->Score(params); }
 

@@ -79,7 +79,6 @@ class SampleBackendImpl final : public SampleBackend {
   void Sample(const SampleParams& params) override;
   void FinishSample() override;
   void Score(const ScoreParams& params) override;
-  void TakeDrawnTokens(const DrawnTokensParams& params) override;
   const int32_t* device_tokens() const override {
     return static_cast<const int32_t*>(tokens_.data());
   }
@@ -168,8 +167,7 @@ SampleArgs SampleBackendImpl::ArgsOf(const TensorView& logits, const CallSize& s
 }
 
 void SampleBackendImpl::CopyToDevice(size_t bytes) const {
-  GLOAM_CUDA_CHECK(cudaMemcpyAsync(staged_.data(), staged_host_.data(), bytes,
-                                   cudaMemcpyHostToDevice, context_.stream));
+  CopyFromPinned(staged_host_.data(), staged_.data(), bytes, context_);
 }
 
 CallSize SizeOf(const SampleParams& params) {
@@ -332,11 +330,6 @@ void SampleBackendImpl::FinishSample() {
     if (tasks != nullptr && tasks[i].num_logprobs >= 0) ReadLogprobs(tasks[i], outcomes[i], result);
   }
   open_ = {};
-}
-
-void SampleBackendImpl::TakeDrawnTokens(const DrawnTokensParams& params) {
-  if (params.num_tokens == 0) return;
-  LaunchTakeDrawnTokens(params.token_ids, params.num_tokens, device_tokens(), context_.stream);
 }
 
 void SampleBackendImpl::Score(const ScoreParams& params) {

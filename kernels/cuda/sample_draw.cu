@@ -526,17 +526,6 @@ __global__ void __launch_bounds__(kRowThreads) LogprobsKernel(SampleArgs args) {
   });
 }
 
-// ---- the next step's input
-
-__global__ void TakeDrawnTokensKernel(int32_t* token_ids, int num_tokens, const int32_t* drawn) {
-  AllowNextKernel();
-  WaitForEarlierKernels();
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i >= num_tokens) return;
-  const int32_t token = token_ids[i];
-  if (token < 0) token_ids[i] = drawn[-1 - token];
-}
-
 }  // namespace
 
 void LaunchDraw(const SampleArgs& args, cudaStream_t stream) {
@@ -545,13 +534,6 @@ void LaunchDraw(const SampleArgs& args, cudaStream_t stream) {
 
 void LaunchLogprobs(const SampleArgs& args, cudaStream_t stream) {
   LaunchKernel(LogprobsKernel, {args.num_rows, kRowThreads}, stream, args);
-}
-
-void LaunchTakeDrawnTokens(int32_t* token_ids, int num_tokens, const int32_t* drawn,
-                           cudaStream_t stream) {
-  constexpr unsigned kThreads = 256;
-  const unsigned num_blocks = (static_cast<unsigned>(num_tokens) + kThreads - 1) / kThreads;
-  LaunchKernel(TakeDrawnTokensKernel, {num_blocks, kThreads}, stream, token_ids, num_tokens, drawn);
 }
 
 }  // namespace gloam::cuda

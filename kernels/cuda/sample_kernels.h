@@ -94,8 +94,4 @@ void LaunchDraw(const SampleArgs& args, cudaStream_t stream);
 // Fills the rest of outcomes, and top in any order.
 void LaunchLogprobs(const SampleArgs& args, cudaStream_t stream);
 
-// token_ids[i] = drawn[row] where token_ids[i] is DrawnToken(row); [num_tokens], device.
-void LaunchTakeDrawnTokens(int32_t* token_ids, int num_tokens, const int32_t* drawn,
-                           cudaStream_t stream);
-
 }  // namespace gloam::cuda

@@ -96,7 +96,8 @@ struct Gpu {
       input.push_back(row + 1000);
     }
     const DeviceArray<int32_t> token_ids(input);
-    backend->TakeDrawnTokens({.token_ids = token_ids.data(), .num_tokens = 2 * num_rows});
+    TakeDrawnTokens({.token_ids = token_ids.data(), .num_tokens = 2 * num_rows},
+                    backend->device_tokens(), fixture.context);
     backend->FinishSample();
     const std::vector<int32_t> tokens = token_ids.Download();
     for (int row = 0; row < num_rows; ++row) {
