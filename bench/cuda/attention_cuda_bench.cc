@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "kernels/cuda/cuda_kernels.h"
-#include "kernels/cuda/decode_attention.h"
+#include "kernels/cuda/decode/decode_attention.h"
 #include "kernels/paged_kv.h"
 
 namespace gloam::cuda {

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-#include "kernels/cuda/prefill_attention.h"
+#include "kernels/cuda/prefill/prefill_attention.h"
 
 namespace gloam::cuda {
 namespace {

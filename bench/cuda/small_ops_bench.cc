@@ -13,7 +13,7 @@
 
 #include "fmt/format.h"
 #include "kernels/cuda/cuda_kernels.h"
-#include "kernels/cuda/sample_kernels.h"
+#include "kernels/cuda/sample/kernels.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 
 namespace gloam::cuda {

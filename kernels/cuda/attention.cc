@@ -8,8 +8,8 @@
 
 #include "base/check.h"
 #include "kernels/cuda/cuda_kernels.h"
-#include "kernels/cuda/decode_attention.h"
-#include "kernels/cuda/prefill_attention.h"
+#include "kernels/cuda/decode/decode_attention.h"
+#include "kernels/cuda/prefill/prefill_attention.h"
 
 namespace gloam::cuda {
 namespace {

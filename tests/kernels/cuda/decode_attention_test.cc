@@ -1,6 +1,6 @@
 // Decode attention on the GPU: against a double-precision softmax over the rounded inputs and
 // against the CPU backend, and bit for bit against itself in other batches.
-#include "kernels/cuda/decode_attention.h"
+#include "kernels/cuda/decode/decode_attention.h"
 
 #include <algorithm>
 #include <cmath>

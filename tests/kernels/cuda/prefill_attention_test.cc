@@ -1,6 +1,6 @@
 // Prefill attention on the GPU against a double-precision reference over the same rounded inputs,
 // with FA3 for what the plan gives it (where the GPU has it) and by FA2 alone.
-#include "kernels/cuda/prefill_attention.h"
+#include "kernels/cuda/prefill/prefill_attention.h"
 
 #include <algorithm>
 #include <atomic>

@@ -5,7 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "kernels/cuda/decode_attention.h"
+#include "kernels/cuda/decode/decode_attention.h"
 #include "kernels/cuda/shared_barrier.cuh"
 
 namespace gloam::cuda::decode {

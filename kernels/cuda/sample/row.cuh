@@ -5,7 +5,7 @@
 #include <cfloat>
 #include <cstdint>
 
-#include "kernels/cuda/sample_kernels.h"
+#include "kernels/cuda/sample/kernels.h"
 #include "kernels/cuda/vectors.cuh"
 
 namespace gloam::cuda {

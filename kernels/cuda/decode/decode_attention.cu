@@ -19,9 +19,9 @@
 
 #include "base/check.h"
 #include "kernels/cuda/async_copy.cuh"
-#include "kernels/cuda/decode_attention.h"
-#include "kernels/cuda/decode_merge.cuh"
-#include "kernels/cuda/decode_units.cuh"
+#include "kernels/cuda/decode/decode_attention.h"
+#include "kernels/cuda/decode/merge.cuh"
+#include "kernels/cuda/decode/units.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/vectors.cuh"
 

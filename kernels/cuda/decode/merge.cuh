@@ -2,7 +2,7 @@
 // decode_attention.cu.
 #pragma once
 
-#include "kernels/cuda/decode_units.cuh"
+#include "kernels/cuda/decode/units.cuh"
 
 namespace gloam::cuda::decode {
 

@@ -1,4 +1,4 @@
-#include "kernels/cuda/prefill_attention.h"
+#include "kernels/cuda/prefill/prefill_attention.h"
 
 #include <algorithm>
 #include <array>

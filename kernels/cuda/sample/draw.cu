@@ -4,7 +4,7 @@
 #include <climits>
 
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/sample_row.cuh"
+#include "kernels/cuda/sample/row.cuh"
 
 namespace gloam::cuda {
 namespace {

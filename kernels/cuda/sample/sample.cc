@@ -10,7 +10,7 @@
 
 #include "kernels/cpu/philox.h"
 #include "kernels/cuda/cuda_kernels.h"
-#include "kernels/cuda/sample_kernels.h"
+#include "kernels/cuda/sample/kernels.h"
 
 namespace gloam::cuda {
 namespace {
