@@ -45,7 +45,7 @@ class GemmBackend {
 };
 std::unique_ptr<GemmBackend> MakeGemmBackend(const DeviceContext& context);
 
-// Dense attention with its plan and scratch memory: attention.cc and its kernels.
+// Dense attention with its plan and scratch memory: attention.cc, decode/, prefill/.
 class AttentionBackend {
  public:
   virtual ~AttentionBackend() = default;
@@ -55,10 +55,10 @@ class AttentionBackend {
 };
 std::unique_ptr<AttentionBackend> MakeAttentionBackend(const DeviceContext& context);
 
-// Sampling with its scratch memory: sample.cc and its kernels. Score returns when its results are
-// there. Sample and Score allocate only for a call whose lists (banned, bias, prompt, counts) or
-// likely tokens outgrow what was there (CudaError when there is no memory). output_counts must
-// name each token once.
+// Sampling with its scratch memory: sample/. Score returns when its results are there. Sample and
+// Score allocate only for a call whose lists (banned, bias, prompt, counts) or likely tokens
+// outgrow what was there (CudaError when there is no memory). output_counts must name each token
+// once.
 class SampleBackend {
  public:
   virtual ~SampleBackend() = default;
