@@ -15,6 +15,7 @@
 #include "engine/metrics.h"
 #include "fmt/format.h"
 #include "tests/engine/fake_model.h"
+#include "tests/engine/null_sink.h"
 
 namespace gloam {
 namespace {
@@ -85,19 +86,6 @@ class NullOps final : public testing::FakeOps {
   uint64_t num_drawn_ = 0;
 };
 
-class NullSink final : public OutputSink {
- public:
-  void OnPromptLogprobs(std::vector<SampleResult> /*logprobs*/) override {}
-  bool OnDelta(OutputDelta delta) override {
-    num_bytes_ += delta.text.size();
-    return true;
-  }
-  void OnEnd(const RequestSummary& /*summary*/) override {}
-
- private:
-  size_t num_bytes_ = 0;
-};
-
 double Median(std::vector<double> values) {
   std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
   return values[values.size() / 2];
@@ -126,8 +114,8 @@ Status Measure(int batch, const BenchOptions& options) {
     request.sampling.ignore_eos = true;
     if (options.stop) request.sampling.stop = {"zzz", "end of the answer"};
     if (options.logprobs) request.sampling.num_logprobs = 0;
-    core->Add(static_cast<RequestHandle>(i + 1), std::move(request), std::make_shared<NullSink>(),
-              Clock::now());
+    core->Add(static_cast<RequestHandle>(i + 1), std::move(request),
+              std::make_shared<testing::NullSink>(), Clock::now());
   }
   const auto microseconds = [](Clock::time_point from, Clock::time_point to) {
     return std::chrono::duration<double, std::micro>(to - from).count();

@@ -19,6 +19,7 @@
 #include "engine/metrics.h"
 #include "fmt/format.h"
 #include "tests/engine/fake_model.h"
+#include "tests/engine/null_sink.h"
 #include "tests/models/named_model.h"
 
 namespace gloam {
@@ -32,19 +33,6 @@ struct BenchOptions {
   int context = 128;
   int steps = 200;
   std::string sampling = "greedy";
-};
-
-class NullSink final : public OutputSink {
- public:
-  void OnPromptLogprobs(std::vector<SampleResult> /*logprobs*/) override {}
-  bool OnDelta(OutputDelta delta) override {
-    num_bytes_ += delta.text.size();
-    return true;
-  }
-  void OnEnd(const RequestSummary& /*summary*/) override {}
-
- private:
-  size_t num_bytes_ = 0;
 };
 
 SamplingParams SamplingOf(const std::string& name) {
@@ -67,8 +55,8 @@ double Measure(EngineCore& core, int batch, const BenchOptions& options) {
           static_cast<int32_t>(random() % static_cast<unsigned>(core.model_config().vocab_size)));
     }
     request.sampling = SamplingOf(options.sampling);
-    core.Add(static_cast<RequestHandle>(i + 1), std::move(request), std::make_shared<NullSink>(),
-             Clock::now());
+    core.Add(static_cast<RequestHandle>(i + 1), std::move(request),
+             std::make_shared<testing::NullSink>(), Clock::now());
   }
   while (core.stats().num_waiting > 0) core.Step();
   // Until all decode, and the step is recorded.

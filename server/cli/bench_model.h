@@ -17,8 +17,8 @@ namespace gloam {
 // named, or no such shape or type), as ResolveModel and ModelFile::Open.
 [[nodiscard]] StatusOr<std::unique_ptr<ModelFile>> OpenBenchModel(const BenchModelOptions& options);
 
-// Fills a device's memory with bf16 or fp16 values of magnitude below 2, of either sign: zeros cost
-// a device less power than data does.
+// Fills a device's memory with bf16 or fp16 values of magnitude below 2, of either sign: zeros
+// would make attention flat and cost a device less power than data does.
 void FillRandom(Ops& ops, void* data, size_t bytes, std::mt19937_64& random);
 
 // Of one value at least; the upper of two in the middle.

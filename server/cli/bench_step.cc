@@ -155,7 +155,6 @@ class StepBench {
     return OkStatus();
   }
 
-  // Zeros would make attention flat and cost the memory less than data does.
   bool Fits(int batch, int tokens) const {
     return int64_t{batch} * BlocksFor(tokens) <= kv_plan_.num_blocks;
   }
