@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "fmt/format.h"
-#include "kernels/cpu/block_scores.h"
-#include "kernels/cpu/top_k.h"
+#include "kernels/cpu/sparse/block_scores.h"
+#include "kernels/cpu/sparse/top_k.h"
 #include "kernels/prune.h"
 
 namespace gloam::cpu {

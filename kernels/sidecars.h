@@ -69,7 +69,8 @@ bool Covers(const SidecarConfig& kept, const SidecarConfig& needed);
 //   kMaxQuant     fp16 scale[16], then (from byte 64) d * 16 * b / 8 bytes of quants
 //   kLabels       as kMinMaxQuant over num_labels channels, in whole rows of 64 bytes
 //   kMeanValues   [d] of the cache's type
-// The order of the quants within a kind is the backend's own (the CPU's: kernels/cpu/quant_rows.h).
+// The order of the quants within a kind is the backend's own (the CPU's:
+// kernels/cpu/sidecars/quant_rows.h).
 //
 // What a key k is kept as, and how far k~ may be off it, rounding of fp32 aside (2^-14 of a step):
 //   per channel of a block  k~ = min + n * step, step = (max - min) / (2^b - 1): step / 2

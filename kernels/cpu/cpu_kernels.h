@@ -6,7 +6,7 @@
 #include <span>
 
 #include "base/status.h"
-#include "kernels/cpu/selection_memory.h"
+#include "kernels/cpu/sparse/selection_memory.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/ops.h"
 #include "kernels/sidecars.h"
@@ -26,7 +26,7 @@ class Scratch {
 // read_rate.cc
 double MeasureReadRate(ThreadPool& pool);
 
-// gemm.cc, pack.cc
+// gemm/
 StatusOr<std::unique_ptr<Weight>> PackWeight(std::span<const RawWeight> parts, ThreadPool& pool);
 void Embed(const EmbedParams& params, ThreadPool& pool);
 void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool, Scratch& scratch);
@@ -39,23 +39,20 @@ void GatherRows(const GatherRowsParams& params);
 // rope_kv.cc
 void RopeAppendKv(const RopeKvParams& params, ThreadPool& pool);
 
-// sidecars.cc
+// sidecars/
 void UpdateSidecars(const UpdateSidecarsParams& params, ThreadPool& pool);
 
-// attention.cc
+// attention/
 void Attention(const AttentionParams& params, ThreadPool& pool, Scratch& scratch);
 
-// sidecars.cc
-void UpdateSidecars(const UpdateSidecarsParams& params, ThreadPool& pool);
-
-// compress_prompt.cc
+// sparse/compress_prompt.cc
 void CompressPrompt(const CompressPromptParams& params, ThreadPool& pool);
 
-// sparse_attention.cc
+// sparse/sparse_attention.cc
 void SparseAttention(const SparseAttentionParams& params, ThreadPool& pool, Scratch& scratch,
                      SelectionMemory& memory);
 
-// sample.cc
+// sample/
 void Sample(const SampleParams& params, ThreadPool& pool);
 void Score(const ScoreParams& params, ThreadPool& pool);
 

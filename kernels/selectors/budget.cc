@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels/cpu/top_k.h"
+#include "kernels/cpu/sparse/top_k.h"
 #include "kernels/estimate.h"
 
 namespace gloam {

@@ -3,8 +3,8 @@
 // blocks better than the bound does.
 #include <iterator>
 
-#include "kernels/cpu/block_scores.h"
-#include "kernels/cpu/top_k.h"
+#include "kernels/cpu/sparse/block_scores.h"
+#include "kernels/cpu/sparse/top_k.h"
 #include "kernels/selectors/budget.h"
 #include "kernels/selectors/registry.h"
 

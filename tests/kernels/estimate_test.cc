@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "catch2/catch.hpp"
-#include "kernels/cpu/estimate_kernels.h"
+#include "kernels/cpu/sparse/estimate_kernels.h"
 #include "tests/kernels/sidecar_cache.h"
 
 namespace gloam::cpu {

@@ -14,7 +14,7 @@
 #include "catch2/catch.hpp"
 #include "hwy/targets.h"
 #include "kernels/cpu/cpu_kernels.h"
-#include "kernels/cpu/philox.h"
+#include "kernels/philox.h"
 
 namespace gloam::cpu {
 namespace {

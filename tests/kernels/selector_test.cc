@@ -17,8 +17,8 @@
 #include "catch2/catch.hpp"
 #include "hwy/targets.h"
 #include "kernels/cpu/bf16.h"
-#include "kernels/cpu/block_scores.h"
 #include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cpu/sparse/block_scores.h"
 #include "kernels/estimate.h"
 #include "kernels/float16.h"
 

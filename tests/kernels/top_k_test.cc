@@ -1,5 +1,5 @@
 // Top-k against sorting, on random and on hostile scores, for every instruction set.
-#include "kernels/cpu/top_k.h"
+#include "kernels/cpu/sparse/top_k.h"
 
 #include <algorithm>
 #include <cmath>

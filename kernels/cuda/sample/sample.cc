@@ -8,9 +8,9 @@
 #include <limits>
 #include <vector>
 
-#include "kernels/cpu/philox.h"
 #include "kernels/cuda/cuda_kernels.h"
 #include "kernels/cuda/sample/kernels.h"
+#include "kernels/philox.h"
 
 namespace gloam::cuda {
 namespace {

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "catch2/catch.hpp"
-#include "kernels/cpu/philox.h"
 #include "kernels/cuda/cuda_kernels.h"
+#include "kernels/philox.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 
 namespace gloam::cuda {

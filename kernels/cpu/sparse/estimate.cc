@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "kernels/cpu/estimate_kernels.h"
-#include "kernels/cpu/quant_rows.h"
+#include "kernels/cpu/sidecars/quant_rows.h"
+#include "kernels/cpu/sparse/estimate_kernels.h"
 
 namespace gloam::cpu {
 namespace {

@@ -1,4 +1,4 @@
-#include "kernels/cpu/sparse_tail.h"
+#include "kernels/cpu/sparse/tail.h"
 
 #include <algorithm>
 #include <cstring>
@@ -6,7 +6,7 @@
 #include "kernels/cpu/prefetch.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/sparse_tail.cc"
+#define HWY_TARGET_INCLUDE "kernels/cpu/sparse/tail.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "base/check.h"
-#include "kernels/cpu/token_scan.h"
-#include "kernels/cpu/top_k.h"
+#include "kernels/cpu/sparse/token_scan.h"
+#include "kernels/cpu/sparse/top_k.h"
 
 namespace gloam::cpu {
 namespace {

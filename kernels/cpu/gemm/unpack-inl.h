@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "base/check.h"
-#include "kernels/cpu/packed_weight.h"
+#include "kernels/cpu/gemm/packed_weight.h"
 #include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/vectors-inl.h"
 

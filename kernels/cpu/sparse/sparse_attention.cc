@@ -1,7 +1,7 @@
 // Sparse decode attention: a task per (row, KV head) that runs all stages on one thread; threads
 // that have no task help with the stages that look at every candidate. The stages themselves are in
 // kernels/selectors/, estimate.cc and prune.cc; what is kept is attended by the arithmetic of dense
-// attention (attention_tile.h), where it lies in the cache.
+// attention (kernels/cpu/attention/tile.h), where it lies in the cache.
 #include "kernels/sparse_attention.h"
 
 #include <algorithm>
@@ -10,12 +10,12 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/attention/tile.h"
 #include "kernels/cpu/carver.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cpu/prefetch.h"
-#include "kernels/cpu/sparse_tail.h"
-#include "kernels/cpu/token_scan.h"
+#include "kernels/cpu/sparse/tail.h"
+#include "kernels/cpu/sparse/token_scan.h"
 #include "kernels/estimate.h"
 #include "kernels/prune.h"
 

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "kernels/cpu/cpu_kernels.h"
-#include "kernels/cpu/philox.h"
-#include "kernels/cpu/vocab_scan.h"
+#include "kernels/cpu/sample/vocab_scan.h"
+#include "kernels/philox.h"
 
 namespace gloam::cpu {
 namespace {

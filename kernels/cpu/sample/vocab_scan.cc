@@ -1,7 +1,7 @@
-#include "kernels/cpu/vocab_scan.h"
+#include "kernels/cpu/sample/vocab_scan.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/vocab_scan.cc"
+#define HWY_TARGET_INCLUDE "kernels/cpu/sample/vocab_scan.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "hwy/contrib/math/math-inl.h"

@@ -1,11 +1,11 @@
-#include "kernels/cpu/quantize_keys.h"
+#include "kernels/cpu/sidecars/quantize_keys.h"
 
 #include <algorithm>
 
 #include "kernels/paged_kv.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/quantize_keys.cc"
+#define HWY_TARGET_INCLUDE "kernels/cpu/sidecars/quantize_keys.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 

@@ -1,14 +1,14 @@
-#include "kernels/cpu/block_scores.h"
+#include "kernels/cpu/sparse/block_scores.h"
 
 #include <algorithm>
 
 #include "base/check.h"
-#include "kernels/cpu/estimate_kernels.h"
 #include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/sparse/estimate_kernels.h"
 #include "kernels/estimate.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/block_scores.cc"
+#define HWY_TARGET_INCLUDE "kernels/cpu/sparse/block_scores.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "hwy/highway.h"

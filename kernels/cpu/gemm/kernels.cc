@@ -1,4 +1,4 @@
-#include "kernels/cpu/gemm_kernels.h"
+#include "kernels/cpu/gemm/kernels.h"
 
 #include <algorithm>
 #include <atomic>
@@ -11,12 +11,12 @@
 // Scalable vectors cannot be array elements, which the register tiles need.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/gemm_kernels.cc"
+#define HWY_TARGET_INCLUDE "kernels/cpu/gemm/kernels.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 
-#include "kernels/cpu/gemm_dot-inl.h"
-#include "kernels/cpu/gemm_unpack-inl.h"
+#include "kernels/cpu/gemm/dot-inl.h"
+#include "kernels/cpu/gemm/unpack-inl.h"
 #include "kernels/cpu/vectors-inl.h"
 
 #ifndef GLOAM_GEMM_KERNELS_ONCE

@@ -1,9 +1,9 @@
-#include "kernels/cpu/top_k.h"
+#include "kernels/cpu/sparse/top_k.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "kernels/cpu/token_scan.h"
+#include "kernels/cpu/sparse/token_scan.h"
 
 namespace gloam::cpu {
 

@@ -1,12 +1,12 @@
 // Matrix products and the embedding: checks, quantisation of the activations, and the split of the
-// work into panels for the threads. The arithmetic is in gemm_kernels.cc.
+// work into panels for the threads. The arithmetic is in kernels.cc.
 #include <algorithm>
 #include <array>
 
 #include "base/check.h"
 #include "kernels/cpu/cpu_kernels.h"
-#include "kernels/cpu/gemm_kernels.h"
-#include "kernels/cpu/packed_weight.h"
+#include "kernels/cpu/gemm/kernels.h"
+#include "kernels/cpu/gemm/packed_weight.h"
 
 namespace gloam::cpu {
 namespace {

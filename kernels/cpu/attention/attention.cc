@@ -1,4 +1,4 @@
-// Plan and threads of attention; the arithmetic is in attention_tile.cc.
+// Plan and threads of attention; the arithmetic is in tile.cc.
 //
 // Work is cut into tiles: some consecutive tokens of a sequence for one KV head, or for several
 // where a head has few rows. A task is a tile, or, where there are too few tiles to keep the
@@ -12,7 +12,7 @@
 #include <limits>
 #include <new>
 
-#include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/attention/tile.h"
 #include "kernels/cpu/cpu_kernels.h"
 
 namespace gloam::cpu {

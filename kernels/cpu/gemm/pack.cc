@@ -6,8 +6,8 @@
 
 #include "base/check.h"
 #include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cpu/gemm/packed_weight.h"
 #include "kernels/cpu/memory.h"
-#include "kernels/cpu/packed_weight.h"
 
 namespace gloam::cpu {
 namespace {

@@ -1,4 +1,4 @@
-#include "kernels/cpu/token_scan.h"
+#include "kernels/cpu/sparse/token_scan.h"
 
 #include <algorithm>
 #include <bit>
@@ -7,7 +7,7 @@
 #include <utility>
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/token_scan.cc"
+#define HWY_TARGET_INCLUDE "kernels/cpu/sparse/token_scan.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "hwy/highway.h"

@@ -1,16 +1,16 @@
-#include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/attention/tile.h"
 
 #include <algorithm>
 #include <cfloat>
 #include <limits>
 #include <type_traits>
 
+#include "kernels/cpu/attention/piece_prefetcher.h"
 #include "kernels/cpu/bf16.h"
-#include "kernels/cpu/piece_prefetcher.h"
 #include "kernels/float16.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/attention_tile.cc"
+#define HWY_TARGET_INCLUDE "kernels/cpu/attention/tile.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "hwy/contrib/math/math-inl.h"

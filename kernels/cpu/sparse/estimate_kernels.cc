@@ -10,23 +10,23 @@
 //
 // Per block and head of 64 channels at 4 bits: 768 bytes (bf16 ranges) read once for all heads,
 // 1,024 multiply-adds a head.
-#include "kernels/cpu/estimate_kernels.h"
+#include "kernels/cpu/sparse/estimate_kernels.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 
 #include "kernels/cpu/bf16.h"
-#include "kernels/cpu/candidate_blocks.h"
 #include "kernels/cpu/prefetch.h"
-#include "kernels/cpu/quant_rows.h"
+#include "kernels/cpu/sidecars/quant_rows.h"
+#include "kernels/cpu/sparse/candidate_blocks.h"
 #include "kernels/estimate.h"
 #include "kernels/float16.h"
 
 // Scalable vectors cannot be array elements, which the register tiles need.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/estimate_kernels.cc"
+#define HWY_TARGET_INCLUDE "kernels/cpu/sparse/estimate_kernels.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 #include "kernels/cpu/vectors-inl.h"

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/attention/tile.h"
 #include "kernels/cpu/prefetch.h"
 #include "kernels/paged_kv.h"
 

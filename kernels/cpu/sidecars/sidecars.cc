@@ -7,9 +7,9 @@
 
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/cpu_kernels.h"
-#include "kernels/cpu/quant_rows.h"
-#include "kernels/cpu/quantize_keys.h"
 #include "kernels/cpu/row_tasks.h"
+#include "kernels/cpu/sidecars/quant_rows.h"
+#include "kernels/cpu/sidecars/quantize_keys.h"
 #include "kernels/float16.h"
 
 namespace gloam::cpu {

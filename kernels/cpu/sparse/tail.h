@@ -2,7 +2,7 @@
 // block (TailType::kBlockMean).
 #pragma once
 
-#include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/attention/tile.h"
 #include "kernels/selector.h"
 
 namespace gloam::cpu {

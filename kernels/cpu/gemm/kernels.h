@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "kernels/cpu/packed_weight.h"
+#include "kernels/cpu/gemm/packed_weight.h"
 
 namespace gloam::cpu {
 
