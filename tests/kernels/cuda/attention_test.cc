@@ -98,7 +98,7 @@ std::unique_ptr<AttentionBackend> MakeBackend(const CudaFixture& gpu, const Atte
 const AttentionShape kShapes[] = {{2, 4, 128, 0, DType::kBF16},
                                   {2, 7, 64, 0, DType::kF16},
                                   {1, 3, 64, 100, DType::kBF16},
-                                  {4, 1, 128, 0, DType::kF16}};
+                                  {Sized(4, 2), 1, 128, 0, DType::kF16}};
 
 }  // namespace
 
@@ -108,14 +108,14 @@ TEST_CASE("chunks, single tokens and padding in one batch") {
   const CudaFixture gpu;
   for (const AttentionShape& shape : kShapes) {
     CAPTURE(shape.num_kv_heads, shape.heads_per_kv, shape.head_dim, shape.window);
-    const std::vector<int> lengths = {700, 33, 16, 1200, 1};
-    const PagedCache cache(shape, lengths, rng, 1200);
+    const int shorter = Sized(700, 200), longest = Sized(1200, 360);
+    const PagedCache cache(shape, {shorter, 33, 16, longest, 1}, rng, longest);
     const auto backend = MakeBackend(gpu, shape);
     const std::vector<std::vector<Chunk>> batches = {
-        {{0, 0, 700}, {1, 32, 33}, {2, 3, 16}, {3, 1199, 1200}, {4, 0, 1}},
-        {{3, 800, 1200}, {0, 600, 602}},
+        {{0, 0, shorter}, {1, 32, 33}, {2, 3, 16}, {3, longest - 1, longest}, {4, 0, 1}},
+        {{3, longest - longest / 3, longest}, {0, shorter - 100, shorter - 98}},
         {{4, 0, 1}},
-        {{0, 699, 700}, {4, 0, 1, true}, {3, 1100, 1101}},
+        {{0, shorter - 1, shorter}, {4, 0, 1, true}, {3, longest - 100, longest - 99}},
         {{1, 0, 33}, {2, 15, 16}}};
     for (const std::vector<Chunk>& chunks : batches) {
       const auto results = Run(cache, gpu, *backend, chunks);
@@ -143,18 +143,19 @@ TEST_CASE("batch-invariant attention does not depend on chunks or neighbours") {
   for (const AttentionShape& shape : kShapes) {
     CAPTURE(shape.num_kv_heads, shape.heads_per_kv, shape.head_dim, shape.window);
     const int width = shape.width();
-    const std::vector<int> lengths = {300, 65, 900};
-    const PagedCache cache(shape, lengths, rng, 900);
+    const std::vector<int> lengths = Sized({300, 65, 900}, {24, 17, 300});
+    const std::vector<int> begins = Sized({0, 0, 0}, {0, 0, 288});  // what is before is cached
+    const PagedCache cache(shape, lengths, rng, lengths[2]);
     const auto backend = MakeBackend(gpu, shape);
     std::vector<std::vector<uint16_t>> expected;
     for (int seq = 0; seq < 3; ++seq) {
-      expected.push_back(Run(cache, gpu, *backend, {{seq, 0, lengths[seq]}})[0]);
+      expected.push_back(Run(cache, gpu, *backend, {{seq, begins[seq], lengths[seq]}})[0]);
       const int last = lengths[seq] - 1;
       REQUIRE(LargestError(cache, seq, last + 1, last,
-                           expected.back().data() + int64_t{last} * width) <= 1);
+                           expected.back().data() + int64_t{last - begins[seq]} * width) <= 1);
     }
-    for (int trial = 0; trial < 4; ++trial) {
-      std::vector<int> done(lengths.size(), 0);
+    for (int trial = 0; trial < Sized(4, 2); ++trial) {
+      std::vector<int> done = begins;
       while (done != lengths) {
         std::vector<Chunk> chunks;
         for (int seq = 0; seq < 3; ++seq) {
@@ -170,8 +171,9 @@ TEST_CASE("batch-invariant attention does not depend on chunks or neighbours") {
         const auto results = Run(cache, gpu, *backend, chunks);
         for (size_t i = 0; i < chunks.size(); ++i) {
           CAPTURE(trial, chunks[i].seq, chunks[i].begin, chunks[i].end);
-          REQUIRE(std::memcmp(results[i].data(),
-                              expected[chunks[i].seq].data() + int64_t{chunks[i].begin} * width,
+          const Chunk& chunk = chunks[i];
+          const int64_t first = int64_t{chunk.begin - begins[chunk.seq]} * width;
+          REQUIRE(std::memcmp(results[i].data(), expected[chunk.seq].data() + first,
                               results[i].size() * sizeof(uint16_t)) == 0);
         }
       }

@@ -134,10 +134,11 @@ TEST_CASE("decode attention equals the double-precision softmax") {
   const CudaFixture gpu;
   for (const DType dtype : {DType::kBF16, DType::kF16}) {
     for (const int head_dim : {64, 128}) {
-      for (const int heads_per_kv : {1, 3, 4, 6, 7, 8, 12}) {
+      for (const int heads_per_kv : Sized({1, 3, 4, 6, 7, 8, 12}, {1, 4, 7, 12})) {
         const AttentionShape shape = {2, heads_per_kv, head_dim, 0, dtype};
         CAPTURE(head_dim, heads_per_kv, static_cast<int>(dtype));
-        const PagedCache cache(shape, {0, 1, 15, 16, 17, 255, 256, 257, 0, 1000, 33}, rng);
+        const PagedCache cache(shape, {0, 1, 15, 16, 17, 255, 256, 257, 0, Sized(1000, 530), 33},
+                               rng);
         CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache)));
         // As where shared memory is small.
         const int heads = DecodeHeads(/*compute_capability=*/89);
@@ -155,12 +156,12 @@ TEST_CASE("decode attention over long contexts and many heads") {
   const AttentionShape shapes[] = {{1, 4, 128, 0, DType::kBF16}, {2, 6, 64, 0, DType::kF16}};
   for (const AttentionShape& shape : shapes) {
     CAPTURE(shape.num_kv_heads, shape.head_dim);
-    const PagedCache cache(shape, {5000, 40000, 3}, rng);
+    const PagedCache cache(shape, Sized({5000, 40000, 3}, {700, 2200, 3}), rng);
     CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache)));
   }
-  const PagedCache mha({32, 1, 128, 0, DType::kBF16}, {700, 4100}, rng);
+  const PagedCache mha({32, 1, 128, 0, DType::kBF16}, Sized({700, 4100}, {40, 300}), rng);
   CheckAgainstReference(mha, Run(mha, gpu, WholeBatch(mha)));
-  const PagedCache gqa({8, 4, 128, 0, DType::kBF16}, {700, 9001}, rng);
+  const PagedCache gqa({8, 4, 128, 0, DType::kBF16}, Sized({700, 9001}, {40, 1100}), rng);
   CheckAgainstReference(gqa, Run(gqa, gpu, WholeBatch(gqa)));
 }
 
@@ -172,17 +173,18 @@ TEST_CASE("decode attention balanced over a batch") {
        {AttentionShape{8, 4, 128, 0, DType::kBF16}, AttentionShape{2, 3, 64, 300, DType::kF16}}) {
     CAPTURE(shape.num_kv_heads, shape.head_dim);
     // From pieces as short as may be to rows in one piece.
-    for (const int num_rows : {1, 14, 20, 62, 70, 200}) {
+    for (const int num_rows : Sized({1, 14, 20, 62, 70, 200}, {1, 3, 9})) {
       CAPTURE(num_rows);
-      std::vector<int> lengths = {6000, 0};
-      for (int i = 0; i < num_rows; ++i) lengths.push_back(1 + static_cast<int>(rng() % 900));
+      std::vector<int> lengths = {Sized(6000, 600), 0};
+      const int longest = Sized(900, 100);
+      for (int i = 0; i < num_rows; ++i) lengths.push_back(1 + static_cast<int>(rng() % longest));
       const PagedCache cache(shape, lengths, rng);
       CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache), DecodeRows::kSingleTokens,
                                        kMaxDecodeHeads, /*balanced=*/true));
     }
   }
   // Long ones among short ones, and fewer blocks than SMs.
-  for (const int longest : {20000, 300}) {
+  for (const int longest : {Sized(20000, 2000), 300}) {
     CAPTURE(longest);
     std::vector<int> lengths = {0, longest};
     for (int i = 0; i < 180; ++i) lengths.push_back(longest == 300 ? i % 40 / 39 : i % 18);
@@ -199,7 +201,8 @@ TEST_CASE("decode attention with a sliding window") {
   const CudaFixture gpu;
   for (const int window : {1, 15, 16, 17, 100, 1000, 4096}) {
     CAPTURE(window);
-    const PagedCache cache({2, 4, 64, window, DType::kBF16}, {1, 16, 17, 100, 101, 999, 3000}, rng);
+    const PagedCache cache({2, 4, 64, window, DType::kBF16},
+                           {1, 16, 17, 100, 101, 999, Sized(3000, 1100)}, rng);
     CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache)));
   }
 }
@@ -251,20 +254,21 @@ TEST_CASE("a row's bits do not depend on its batch") {
   CAPTURE(kSeed);
   std::mt19937 rng(kSeed + 4);
   const CudaFixture gpu;
-  const AttentionShape shapes[] = {{8, 4, 128, 0, DType::kBF16},
+  const AttentionShape shapes[] = {{Sized(8, 1), 4, 128, 0, DType::kBF16},
                                    {2, 7, 64, 0, DType::kF16},
-                                   {4, 1, 128, 300, DType::kBF16},
+                                   {Sized(4, 1), 1, 128, Sized(300, 100), DType::kBF16},
                                    {2, 12, 64, 0, DType::kBF16}};
   for (const AttentionShape& shape : shapes) {
     CAPTURE(shape.num_kv_heads, shape.heads_per_kv, shape.head_dim, shape.window);
     const int width = shape.width();
-    const PagedCache cache(shape, {1, 16, 250, 513, 4097, 9000, 2000, 77}, rng);
+    const PagedCache cache(
+        shape, Sized({1, 16, 250, 513, 4097, 9000, 2000, 77}, {1, 16, 40, 290, 77}), rng);
     std::vector<std::vector<uint16_t>> alone;
     for (const Chunk& chunk : WholeBatch(cache)) alone.push_back(Run(cache, gpu, {chunk}));
-    for (int trial = 0; trial < 6; ++trial) {
+    for (int trial = 0; trial < Sized(6, 5); ++trial) {
       // Sequences many times over, in any order, with padding between; more than one launch.
       std::vector<Chunk> chunks;
-      const int count = trial < 4 ? 1 + static_cast<int>(rng() % 40) : 300;
+      const int count = trial < 4 ? 1 + static_cast<int>(rng() % Sized(40, 12)) : 300;
       for (int i = 0; i < count; ++i) {
         const int seq = static_cast<int>(rng() % cache.lengths.size());
         chunks.push_back({seq, rng() % 8 == 0 ? 0 : cache.lengths[seq]});
@@ -285,19 +289,21 @@ TEST_CASE("a token of a chunk has the bits of a lone token") {
   CAPTURE(kSeed);
   std::mt19937 rng(kSeed + 5);
   const CudaFixture gpu;
-  constexpr int kQueries = 400;
+  const int num_queries = Sized(400, 70);
   for (const AttentionShape& shape :
        {AttentionShape{2, 4, 128, 0, DType::kBF16}, AttentionShape{1, 3, 64, 90, DType::kF16}}) {
     const int width = shape.width();
-    const PagedCache cache(shape, {400, 1300, 5000}, rng, kQueries);
-    const std::vector<Chunk> chunks = {{0, 400, 400}, {1, 1290, 1}, {2, 5000, 33}};
+    const int longest = Sized(5000, 600);
+    const PagedCache cache(shape, {num_queries, Sized(1300, 310), longest}, rng, num_queries);
+    const std::vector<Chunk> chunks = {
+        {0, num_queries, num_queries}, {1, cache.lengths[1] - 10, 1}, {2, longest, Sized(33, 9)}};
     const std::vector<uint16_t> all = Run(cache, gpu, chunks, DecodeRows::kEveryToken);
     int64_t token = 0;
     for (const Chunk& chunk : chunks) {
       for (int i = 0; i < chunk.num_tokens; ++i, ++token) {
         const int context = chunk.context - chunk.num_tokens + i + 1;
         CAPTURE(chunk.seq, context);
-        const int query = kQueries - cache.lengths[chunk.seq] + context - 1;
+        const int query = num_queries - cache.lengths[chunk.seq] + context - 1;
         if (i % 13 == 0) {
           REQUIRE(LargestError(cache, chunk.seq, context, query, all.data() + token * width) <= 1);
         }
@@ -309,7 +315,7 @@ TEST_CASE("a token of a chunk has the bits of a lone token") {
     // Rows of single tokens leave chunks alone.
     const std::vector<uint16_t> single = Run(cache, gpu, chunks);
     for (int64_t i = 0; i < static_cast<int64_t>(single.size()); ++i) {
-      const bool is_single = i / width == 400;
+      const bool is_single = i / width == num_queries;
       REQUIRE(single[i] == (is_single ? all[i] : 0xFFFF));
     }
   }

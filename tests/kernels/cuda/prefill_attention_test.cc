@@ -265,24 +265,29 @@ void TestStep(const Shape& shape, const std::vector<Seq>& seqs) {
 }
 
 // Chunks with and without earlier context among decoding sequences.
-const std::vector<Seq> kRagged = {
-    {1, 40},  {2, 2},    {15, 15},   {1, 1},   {16, 16},   {17, 17},     {2, 39},      {15, 48},
-    {16, 53}, {17, 200}, {129, 129}, {1, 700}, {129, 166}, {1000, 1000}, {1000, 1037}, {1, 16}};
-
-// Each kernel once: what a sanitizer gets through in seconds.
-TEST_CASE("prefill attention: a small step") {
-  for (const DType dtype : {DType::kBF16, DType::kF16}) {
-    for (const int head_dim : {64, 128}) {
-      TestStep({.dtype = dtype, .head_dim = head_dim, .num_kv_heads = 8, .group = 4},
-               {{1, 40}, {17, 200}, {129, 166}, {300, 300}});
-    }
-  }
-}
+const std::vector<Seq> kRagged =
+    Sized<Seq>({{1, 40},
+                {2, 2},
+                {15, 15},
+                {1, 1},
+                {16, 16},
+                {17, 17},
+                {2, 39},
+                {15, 48},
+                {16, 53},
+                {17, 200},
+                {129, 129},
+                {1, 700},
+                {129, 166},
+                {1000, 1000},
+                {1000, 1037},
+                {1, 16}},
+               {{1, 40}, {2, 39}, {17, 17}, {16, 53}, {1, 1}, {193, 200}});
 
 TEST_CASE("prefill attention: ragged chunks for every group size") {
   for (const DType dtype : {DType::kBF16, DType::kF16}) {
     for (const int head_dim : {64, 128}) {
-      for (const int group : {1, 3, 4, 6, 7, 8}) {
+      for (const int group : Sized({1, 3, 4, 6, 7, 8}, {1, 3})) {
         TestStep({.dtype = dtype, .head_dim = head_dim, .group = group}, kRagged);
       }
     }
@@ -291,25 +296,29 @@ TEST_CASE("prefill attention: ragged chunks for every group size") {
 
 TEST_CASE("prefill attention: sliding windows") {
   for (const int head_dim : {64, 128}) {
-    for (const int window : {1, 16, 100, 513}) {
-      TestStep({.head_dim = head_dim, .group = 4, .window = window}, kRagged);
+    for (const int window : Sized({1, 16, 100, 513}, {16, 100})) {
+      TestStep({.head_dim = head_dim, .group = Sized(4, 2), .window = window}, kRagged);
     }
   }
-  TestStep({.dtype = DType::kF16, .group = 7, .window = 250}, kRagged);
+  TestStep({.dtype = DType::kF16, .group = Sized(7, 3), .window = Sized(250, 90)}, kRagged);
 }
 
 TEST_CASE("prefill attention: chunks deep in a context") {
-  const std::vector<Seq> few_rows = {{20, 5020}, {1, 30}, {2, 3000}, {5, 17}};
+  const std::vector<Seq> few_rows = Sized<Seq>({{20, 5020}, {1, 30}, {2, 3000}, {5, 17}},
+                                               {{20, 620}, {1, 30}, {2, 300}, {5, 17}});
+  const Seq deep = Sized(Seq{512, 5512}, Seq{130, 430});
+  const int many_heads = Sized(8, 4);
   for (const DType dtype : {DType::kBF16, DType::kF16}) {
     for (const int head_dim : {64, 128}) {
-      TestStep({.dtype = dtype, .head_dim = head_dim, .num_kv_heads = 8, .group = 3},
-               {{1, 9}, {512, 5512}});
+      TestStep({.dtype = dtype, .head_dim = head_dim, .num_kv_heads = many_heads, .group = 3},
+               {{1, 9}, deep});
       TestStep({.dtype = dtype, .head_dim = head_dim, .group = 3}, few_rows);
-      TestStep({.dtype = dtype, .head_dim = head_dim, .num_kv_heads = 8}, few_rows);
+      TestStep({.dtype = dtype, .head_dim = head_dim, .num_kv_heads = many_heads}, few_rows);
     }
   }
-  TestStep({.num_kv_heads = 8, .group = 4, .window = 1024}, {{512, 5512}, {30, 4000}});
-  TestStep({.group = 3, .window = 2000}, few_rows);
+  TestStep({.num_kv_heads = many_heads, .group = Sized(4, 2), .window = Sized(1024, 200)},
+           {deep, {30, Sized(4000, 500)}});
+  TestStep({.group = 3, .window = Sized(2000, 400)}, few_rows);
 }
 
 }  // namespace
