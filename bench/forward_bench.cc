@@ -31,6 +31,8 @@ struct BenchOptions {
   int decode_steps = 16;
   std::vector<int> contexts = {128, 7680};
   std::vector<int> batches = {1, 32};
+
+  DType kv_dtype() const { return f32 ? DType::kF32 : DType::kBF16; }
 };
 
 class ForwardBench {
@@ -41,8 +43,7 @@ class ForwardBench {
     const int max_context = *std::max_element(options.contexts.begin(), options.contexts.end());
     const int positions = std::max(kPrefillTokens, max_context + options.decode_steps * 4);
     const int blocks = max_batch * (positions / kBlockTokens + 2);
-    runner_ = std::make_unique<PagedRunner>(model, ops, options.f32 ? DType::kF32 : DType::kBF16,
-                                            blocks, /*seed=*/1);
+    runner_ = std::make_unique<PagedRunner>(model, ops, options.kv_dtype(), blocks, /*seed=*/1);
   }
 
   // The best of the repeats: other work on the machine only ever adds time.
@@ -134,8 +135,8 @@ int Run(const BenchOptions& options) {
   fmt::print("loaded in {:.2f} s, weights {:.1f} MB\n", load_time.count(),
              static_cast<double>(model.weight_bytes()) / 1e6);
   const int max_batch = *std::max_element(options.batches.begin(), options.batches.end());
-  if (const Status status =
-          ReserveSteps(model, ops, std::max(kPrefillTokens, max_batch), max_batch);
+  if (const Status status = ReserveSteps(model, ops, options.kv_dtype(),
+                                         std::max(kPrefillTokens, max_batch), max_batch);
       !status.ok()) {
     fmt::print(stderr, "{}\n", MessageOf(status));
     return 1;

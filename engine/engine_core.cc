@@ -76,7 +76,8 @@ StatusOr<std::unique_ptr<EngineCore>> EngineCore::Create(const EngineOptions& op
   const ModelRunnerLimits limits = {.max_num_seqs = scheduling.max_num_seqs,
                                     .max_num_batched_tokens = scheduling.max_num_batched_tokens,
                                     .max_score_rows = scheduling.max_score_rows,
-                                    .max_model_len = max_model_len};
+                                    .max_model_len = max_model_len,
+                                    .kv_dtype = options.kv_cache_dtype};
   GLOAM_ASSIGN_OR_RETURN(ModelRunner runner, ModelRunner::Create(limits, ops, *model));
   std::optional<MemoryPlan> memory;
   if (ops.device() == Device::kCuda) {

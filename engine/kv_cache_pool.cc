@@ -39,13 +39,12 @@ Status NoRoomAtAll(const KvPlan& plan, int64_t cache_bytes, const MemoryPlan* me
 }  // namespace
 
 Status CheckKvDType(DType dtype, Device device) {
-  if (device == Device::kCpu) {
-    if (IsKvDType(dtype)) return OkStatus();
-    return InvalidArgument("--kv-cache-dtype: on the CPU the KV cache holds bf16, f16 or f32");
+  if (IsKvDType(dtype, device)) return OkStatus();
+  if (device == Device::kCuda) {
+    return InvalidArgument("--kv-cache-dtype: on a GPU the KV cache holds bf16, f16 or fp8");
   }
-  if (dtype == DType::kBF16 || dtype == DType::kF16) return OkStatus();
-  return InvalidArgument("--kv-cache-dtype: on a GPU the KV cache holds bf16 or f16{}",
-                         dtype == DType::kF8E4M3 ? "; attention does not read fp8 yet" : "");
+  return InvalidArgument("--kv-cache-dtype: on the CPU the KV cache holds bf16, f16 or f32{}",
+                         dtype == DType::kF8E4M3 ? "; fp8 needs a GPU" : "");
 }
 
 StatusOr<int> WantedModelLen(const EngineOptions& options, const ModelConfig& config) {

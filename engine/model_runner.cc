@@ -42,7 +42,8 @@ StatusOr<ModelRunner> ModelRunner::Create(const ModelRunnerLimits& limits, Ops& 
                                      .head_dim = config.head_dim,
                                      .hidden_size = config.hidden_size,
                                      .intermediate_size = config.intermediate_size,
-                                     .vocab_size = config.vocab_size}));
+                                     .vocab_size = config.vocab_size,
+                                     .kv_dtype = limits.kv_dtype}));
   GLOAM_ASSIGN_OR_RETURN(StagedBuffer arrays,
                          ops.AllocateStaged(StepArrays::At(nullptr, largest).bytes));
   GLOAM_ASSIGN_OR_RETURN(

@@ -24,6 +24,7 @@ struct ModelRunnerLimits {
   int max_num_batched_tokens = 0;
   int max_score_rows = 0;
   int max_model_len = 0;
+  DType kv_dtype = DType::kBF16;
 };
 
 class ModelRunner {

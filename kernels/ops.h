@@ -81,6 +81,7 @@ struct StepLimits {
   int hidden_size = 0;
   int intermediate_size = 0;
   int vocab_size = 0;
+  DType kv_dtype = DType::kBF16;
 };
 
 struct DeviceMemory {

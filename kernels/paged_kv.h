@@ -13,13 +13,14 @@ namespace gloam {
 inline constexpr int kBlockTokens = 16;
 
 // What a cache may hold.
-constexpr bool IsKvDType(DType dtype) {
-  return dtype == DType::kBF16 || dtype == DType::kF16 || dtype == DType::kF32;
+constexpr bool IsKvDType(DType dtype, Device device) {
+  return dtype == DType::kBF16 || dtype == DType::kF16 ||
+         dtype == (device == Device::kCpu ? DType::kF32 : DType::kF8E4M3);
 }
 
 // The shape of one layer's cache.
 struct KvLayout {
-  DType dtype = DType::kBF16;  // kBF16, kF16 or kF32
+  DType dtype = DType::kBF16;
   int num_kv_heads = 0;
   int head_dim = 0;
 

@@ -30,7 +30,7 @@ bool Covers(const SidecarConfig& kept, const SidecarConfig& needed) {
 
 int64_t SidecarBytes(SidecarKind kind, const SidecarConfig& config, const KvLayout& kv) {
   if (config.empty()) return 0;
-  GLOAM_CHECK(IsKvDType(kv.dtype));
+  GLOAM_CHECK(IsKvDType(kv.dtype, Device::kCpu));
   GLOAM_CHECK(kv.head_dim > 0 && kv.head_dim % 16 == 0 && kv.head_dim <= kMaxSidecarHeadDim);
   const int64_t row_bytes = kv.head_dim * static_cast<int64_t>(DTypeBytes(kv.dtype));
   switch (kind) {

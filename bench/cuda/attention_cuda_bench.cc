@@ -2,6 +2,8 @@
 // measured: bf16, blocks in random order, every request with its own, more memory than the L2 cache
 // keeps. One JSON line per cell. `us` is the time of one of several layers in a recorded step, each
 // with blocks of its own; `us_alone` that of a recorded step with nothing else.
+//
+//   attention_cuda_bench [fp8]     fp8: the type of the cache, beside the peers' bf16
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
@@ -11,6 +13,7 @@
 #include <functional>
 #include <numeric>
 #include <random>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -27,7 +30,7 @@ struct Shape {
   int heads_per_kv;
   int head_dim;
 
-  int64_t token_bytes() const { return int64_t{2} * num_kv_heads * head_dim * 2; }
+  int64_t token_elements() const { return int64_t{2} * num_kv_heads * head_dim; }
 };
 
 constexpr Shape kShapes[] = {{"mha_32x128", 32, 1, 128}, {"gqa_32/8x128", 8, 4, 128}};
@@ -65,11 +68,14 @@ Buffer Upload(const std::vector<T>& values) {
   return buffer;
 }
 
-// Random bits of bf16 between 0.5 and 1 with either sign; the pool repeats them.
-void FillPool(const Buffer& pool) {
+// Random bits of bf16 or e4m3 between 0.5 and 1 with either sign; the pool repeats them.
+void FillPool(const Buffer& pool, DType dtype) {
+  const bool is_fp8 = dtype == DType::kF8E4M3;
+  const uint32_t random = is_fp8 ? 0x87878787u : 0x807F807Fu;
+  const uint32_t exponents = is_fp8 ? 0x30303030u : 0x3F003F00u;
   std::mt19937 rng(1);
   std::vector<uint32_t> bits(16 << 20);
-  for (uint32_t& x : bits) x = (static_cast<uint32_t>(rng()) & 0x807F807Fu) | 0x3F003F00u;
+  for (uint32_t& x : bits) x = (static_cast<uint32_t>(rng()) & random) | exponents;
   size_t filled = bits.size() * sizeof(uint32_t);
   auto* data = static_cast<char*>(pool.data());
   GLOAM_CUDA_CHECK(cudaMemcpy(data, bits.data(), filled, cudaMemcpyHostToDevice));
@@ -124,9 +130,9 @@ double MedianUs(cudaStream_t stream, const std::vector<Recording>& recordings) {
 
 class Bench {
  public:
-  Bench(const DeviceContext& context, const Shape& shape, const Buffer& pool)
-      : context_(context), shape_(shape), pool_(pool) {
-    order_.resize(pool.bytes() / (kBlockTokens * shape.token_bytes()));
+  Bench(const DeviceContext& context, const Shape& shape, const Buffer& pool, DType dtype)
+      : context_(context), shape_(shape), pool_(pool), dtype_(dtype) {
+    order_.resize(pool.bytes() / (kBlockTokens * token_bytes()));
     std::iota(order_.begin(), order_.end(), 0);
     std::shuffle(order_.begin(), order_.end(), std::mt19937(2));
   }
@@ -145,14 +151,19 @@ class Bench {
   // Sequences of `chunk` tokens each, whose contexts are num_tokens.
   Times Measure(int batch, int chunk, int num_tokens) const;
 
+  int64_t token_bytes() const {
+    return shape_.token_elements() * static_cast<int64_t>(DTypeBytes(dtype_));
+  }
+
   const DeviceContext& context_;
   const Shape& shape_;
   const Buffer& pool_;
+  const DType dtype_;
   std::vector<int32_t> order_;  // the pool's blocks, shuffled
 };
 
 Bench::Times Bench::Measure(int batch, int chunk, int num_tokens) const {
-  const int64_t bytes = batch * num_tokens * shape_.token_bytes();
+  const int64_t bytes = batch * num_tokens * token_bytes();
   const int blocks_per_seq = num_tokens / kBlockTokens;
   const int64_t blocks = int64_t{batch} * blocks_per_seq;
   const int layers = static_cast<int>(std::min<int64_t>(
@@ -170,7 +181,8 @@ Bench::Times Bench::Measure(int batch, int chunk, int num_tokens) const {
       Upload(std::vector<int32_t>(order_.begin(), order_.begin() + layers * blocks));
   const Buffer seqs = Upload(cu_seqlens);
   const Buffer contexts = Upload(std::vector<int32_t>(batch, num_tokens));
-  const Buffer q = Upload(std::vector<uint16_t>(num_rows * width, 0x3F00));
+  const uint16_t half = dtype_ == DType::kF8E4M3 ? 0x3800 : 0x3F00;  // in fp16 or bf16
+  const Buffer q = Upload(std::vector<uint16_t>(num_rows * width, half));
   const Buffer out = Allocate(sizeof(uint16_t) * num_rows * width);
   const Buffer partials =
       Allocate(sizeof(float) * (rows_per_launch * num_groups * max_splits + context_.num_sms) *
@@ -186,7 +198,7 @@ Bench::Times Bench::Measure(int batch, int chunk, int num_tokens) const {
            .out_token_stride = width,
            .out_head_stride = shape_.head_dim,
            .kv = pool_.data(),
-           .kv_dtype = DType::kBF16,
+           .kv_dtype = dtype_,
            .num_kv_heads = shape_.num_kv_heads,
            .heads_per_kv = shape_.heads_per_kv,
            .head_dim = shape_.head_dim,
@@ -222,7 +234,7 @@ Bench::Times Bench::Measure(int batch, int chunk, int num_tokens) const {
 void Bench::RunDecode(int batch, int num_tokens, double peer_us, double read_rate) {
   const Times times = Measure(batch, 1, num_tokens);
   if (times.layers == 0) return;
-  const double rate = batch * num_tokens * shape_.token_bytes() / (times.us * 1e-6);
+  const double rate = batch * num_tokens * token_bytes() / (times.us * 1e-6);
   fmt::print(
       "{{\"shape\": \"{}\", \"batch\": {}, \"context\": {}, \"layers\": {}, \"us\": {:.2f}, "
       "\"us_alone\": {:.2f}, \"gb_per_s\": {:.0f}, \"percent_of_read\": {:.1f}, \"peer_us\": {}, "
@@ -239,7 +251,7 @@ void Bench::RunInvariantChunk(int chunk, int num_tokens) {
   std::fflush(stdout);
 }
 
-int Main() {
+int Main(DType dtype) {
   cudaDeviceProp properties{};
   GLOAM_CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
   const Stream stream;
@@ -251,11 +263,12 @@ int Main() {
       .max_shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin),
       .l2_bytes = properties.l2CacheSize};
   const double read_rate = MeasureReadRate(context);
-  fmt::print("{{\"gpu\": \"{}\", \"read_gb_per_s\": {:.0f}}}\n", properties.name, read_rate / 1e9);
+  fmt::print("{{\"gpu\": \"{}\", \"read_gb_per_s\": {:.0f}, \"kv_dtype\": \"{}\"}}\n",
+             properties.name, read_rate / 1e9, dtype == DType::kF8E4M3 ? "fp8" : "bf16");
   const Buffer pool = Allocate(kPoolBytes);
-  FillPool(pool);
+  FillPool(pool, dtype);
   for (int shape = 0; shape < static_cast<int>(std::size(kShapes)); ++shape) {
-    Bench bench(context, kShapes[shape], pool);
+    Bench bench(context, kShapes[shape], pool, dtype);
     for (const PeerRow& row : kPeers) {
       if (row.shape != shape) continue;
       for (size_t i = 0; i < std::size(kContexts); ++i) {
@@ -270,4 +283,7 @@ int Main() {
 }  // namespace
 }  // namespace gloam::cuda
 
-int main() { return gloam::cuda::Main(); }
+int main(int argc, char** argv) {
+  const bool is_fp8 = argc > 1 && std::string_view(argv[1]) == "fp8";
+  return gloam::cuda::Main(is_fp8 ? gloam::DType::kF8E4M3 : gloam::DType::kBF16);
+}

@@ -1,17 +1,20 @@
 // Prefill attention of one layer: milliseconds, TFLOP/s and the host's plan, a JSON line per shape.
 //
-//   prefill_cuda_bench [--fa2]     --fa2: without FA3, as GPUs other than Hopper run it
+//   prefill_cuda_bench [--fa2] [--fp8]
+//
+// --fa2: without FA3, as GPUs other than Hopper run it; --fp8: over an fp8 cache instead of bf16
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <numeric>
 #include <random>
 #include <string_view>
 #include <vector>
 
+#include "kernels/cuda/cuda_kernels.h"
 #include "kernels/cuda/prefill/prefill_attention.h"
+#include "tests/kernels/cuda/cache_values.h"
 
 namespace gloam::cuda {
 namespace {
@@ -33,38 +36,36 @@ Buffer DeviceCopy(const void* host, size_t bytes) {
   return buffer;
 }
 
-// bf16 values in [-1, 1), a megabyte of them over and over.
-Buffer RandomBf16(int64_t elements, std::mt19937& rng) {
-  std::vector<uint16_t> part(std::min<int64_t>(elements, 1 << 19));
+// Values in [-1, 1) of a cache's or its queries' type, half a million over and over.
+Buffer RandomValues(int64_t elements, DType dtype, std::mt19937& rng) {
+  std::vector<float> values(std::min<int64_t>(elements, 1 << 19));
   std::uniform_real_distribution<float> uniform(-1, 1);
-  for (uint16_t& bits : part) {
-    const float x = uniform(rng);
-    uint32_t word;
-    std::memcpy(&word, &x, sizeof(word));
-    bits = static_cast<uint16_t>(word >> 16);
-  }
-  Buffer buffer = AllocateDevice(elements * sizeof(uint16_t)).value();
-  for (int64_t begin = 0; begin < elements; begin += static_cast<int64_t>(part.size())) {
-    const int64_t count = std::min<int64_t>(elements - begin, static_cast<int64_t>(part.size()));
-    GLOAM_CUDA_CHECK(cudaMemcpy(static_cast<uint16_t*>(buffer.data()) + begin, part.data(),
-                                count * sizeof(uint16_t), cudaMemcpyHostToDevice));
+  for (float& x : values) x = uniform(rng);
+  const std::vector<uint8_t> part = ToBytes(dtype, values);
+  const auto bytes = elements * static_cast<int64_t>(DTypeBytes(dtype));
+  Buffer buffer = AllocateDevice(bytes).value();
+  for (int64_t begin = 0; begin < bytes; begin += static_cast<int64_t>(part.size())) {
+    const int64_t count = std::min<int64_t>(bytes - begin, static_cast<int64_t>(part.size()));
+    GLOAM_CUDA_CHECK(cudaMemcpy(static_cast<uint8_t*>(buffer.data()) + begin, part.data(), count,
+                                cudaMemcpyHostToDevice));
   }
   return buffer;
 }
 
-void Measure(const Shape& shape, const DeviceContext& context) {
+void Measure(const Shape& shape, DType dtype, const DeviceContext& context) {
   std::mt19937 rng(1);
   const int num_blocks = (shape.context + kBlockTokens - 1) / kBlockTokens;
-  const KvLayout layout = {DType::kBF16, shape.num_kv_heads, shape.head_dim};
+  const KvLayout layout = {dtype, shape.num_kv_heads, shape.head_dim};
   std::vector<int32_t> table(num_blocks);
   std::iota(table.begin(), table.end(), 0);
   std::shuffle(table.begin(), table.end(), rng);
   const std::vector<int32_t> cu_seqlens = {0, shape.tokens};
   const std::vector<int32_t> context_lens = {shape.context};
   const Buffer device_table = DeviceCopy(table.data(), table.size() * sizeof(int32_t));
-  const Buffer kv = RandomBf16(layout.block_elements() * num_blocks, rng);
+  const Buffer kv = RandomValues(layout.block_elements() * num_blocks, dtype, rng);
   const int64_t q_elements = int64_t{shape.tokens} * shape.num_heads * shape.head_dim;
-  const Buffer q = RandomBf16(q_elements, rng);
+  const DType q_dtype = QueryDType(dtype);
+  const Buffer q = RandomValues(q_elements, q_dtype, rng);
   const Buffer out = AllocateDevice(q_elements * sizeof(uint16_t)).value();
 
   AttentionParams params;
@@ -74,7 +75,7 @@ void Measure(const Shape& shape, const DeviceContext& context) {
                   .block_tables = static_cast<const int32_t*>(device_table.data()),
                   .host_cu_seqlens = cu_seqlens.data(),
                   .host_context_lens = context_lens.data()};
-  params.q = TensorView::Contiguous(q.data(), DType::kBF16, Device::kCuda,
+  params.q = TensorView::Contiguous(q.data(), q_dtype, Device::kCuda,
                                     {shape.tokens, shape.num_heads, shape.head_dim});
   params.kv = {.data = kv.data(), .layout = layout, .num_blocks = num_blocks};
   params.scale = 0.1f;
@@ -89,7 +90,8 @@ void Measure(const Shape& shape, const DeviceContext& context) {
                                             .max_context = shape.context,
                                             .num_heads = shape.num_heads,
                                             .num_kv_heads = shape.num_kv_heads,
-                                            .head_dim = shape.head_dim});
+                                            .head_dim = shape.head_dim,
+                                            .kv_dtype = dtype});
   GLOAM_CHECK(reserved.ok());
   const std::vector<int> seqs = {0};
   std::vector<double> plan_us, ms;
@@ -123,14 +125,14 @@ void Measure(const Shape& shape, const DeviceContext& context) {
   const double tflops = flops / milliseconds * 1e-9;
   fmt::print(
       "{{\"bench\": \"prefill_attention\", \"heads\": {}, \"kv_heads\": {}, \"head_dim\": {}, "
-      "\"tokens\": {}, \"context\": {}, \"fa3\": {}, \"ms\": {:.4f}, \"tflops\": {:.1f}, "
-      "\"percent_of_gemm\": {:.1f}, \"plan_us\": {:.0f}}}\n",
+      "\"tokens\": {}, \"context\": {}, \"fa3\": {}, \"kv_dtype\": \"{}\", \"ms\": {:.4f}, "
+      "\"tflops\": {:.1f}, \"percent_of_gemm\": {:.1f}, \"plan_us\": {:.0f}}}\n",
       shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.tokens, shape.context,
-      context.compute_capability == 90, milliseconds, tflops, 100 * tflops / kGemmTflops,
-      median(plan_us));
+      context.compute_capability == 90, dtype == DType::kF8E4M3 ? "fp8" : "bf16", milliseconds,
+      tflops, 100 * tflops / kGemmTflops, median(plan_us));
 }
 
-int Main(bool without_fa3) {
+int Main(bool without_fa3, DType dtype) {
   const Stream stream;
   cudaDeviceProp properties{};
   GLOAM_CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
@@ -146,7 +148,7 @@ int Main(bool without_fa3) {
         Shape{32, 32, 128, 32768, 32768}, Shape{32, 32, 128, 2048, 16384},
         Shape{32, 8, 64, 8192, 8192}, Shape{32, 8, 64, 2048, 16384}, Shape{32, 8, 128, 20, 16384},
         Shape{32, 8, 128, 128, 16384}, Shape{32, 8, 128, 512, 16384}}) {
-    Measure(shape, context);
+    Measure(shape, dtype, context);
   }
   return 0;
 }
@@ -155,5 +157,10 @@ int Main(bool without_fa3) {
 }  // namespace gloam::cuda
 
 int main(int argc, char** argv) {
-  return gloam::cuda::Main(argc > 1 && std::string_view(argv[1]) == "--fa2");
+  const std::vector<std::string_view> flags(argv + 1, argv + argc);
+  const auto has = [&](std::string_view flag) {
+    return std::find(flags.begin(), flags.end(), flag) != flags.end();
+  };
+  return gloam::cuda::Main(has("--fa2"),
+                           has("--fp8") ? gloam::DType::kF8E4M3 : gloam::DType::kBF16);
 }

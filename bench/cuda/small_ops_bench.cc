@@ -146,7 +146,7 @@ void BenchRope(const CudaFixture& fixture, double read_rate) {
       params.batch.positions = device_positions.data();
       params.batch.slot_mapping = device_slots.data();
       params.q = heads(0, kHeads);
-      params.q_out = TensorView::Contiguous(q_out.data(), DType::kBF16, Device::kCuda,
+      params.q_out = TensorView::Contiguous(q_out.data(), QueryDType(dtype), Device::kCuda,
                                             {rows, kHeads, kHeadDim});
       params.k = heads(kHeads, kKvHeads);
       params.v = heads(kHeads + kKvHeads, kKvHeads);

@@ -127,7 +127,7 @@ void CheckParams(const RopeKvParams& params) {
   GLOAM_CHECK(params.k.shape[0] == num_tokens && params.k.shape[1] == layout.num_kv_heads &&
               params.k.shape[2] == layout.head_dim);
   GLOAM_CHECK(params.v.shape == params.k.shape);
-  GLOAM_CHECK(IsKvDType(layout.dtype));
+  GLOAM_CHECK(IsKvDType(layout.dtype, Device::kCpu));
   GLOAM_CHECK(params.rotary_dim >= 0 && params.rotary_dim % 2 == 0 &&
               params.rotary_dim <= layout.head_dim);
 }

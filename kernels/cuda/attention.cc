@@ -86,7 +86,7 @@ void Backend::Attention(const AttentionParams& params) {
   const TensorView& q = params.q;
   GLOAM_CHECK(params.left_out == nullptr);
   GLOAM_CHECK(q.rank == 3 && params.out.rank == 3 && params.out.shape == q.shape);
-  GLOAM_CHECK(q.dtype == (kv.dtype == DType::kF16 ? DType::kF16 : DType::kBF16));
+  GLOAM_CHECK(q.dtype == QueryDType(kv.dtype));
   GLOAM_CHECK(params.out.dtype == DType::kBF16);
   GLOAM_CHECK(q.shape[0] == batch.num_tokens && q.shape[2] == kv.head_dim);
   GLOAM_CHECK(q.shape[1] == limits_.num_heads && kv.num_kv_heads == limits_.num_kv_heads);

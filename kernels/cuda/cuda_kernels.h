@@ -3,7 +3,7 @@
 // outside construction, Reserve and LoadWeight, but FinishSample and Score, which read results.
 //
 // Dtypes: residual fp32; inputs of products bf16; Q, K, V before RoPE bf16 or fp32; rotated queries
-// have the cache's type (bf16 for an fp8 cache).
+// have the cache's type, or fp16 over an fp8 cache.
 #pragma once
 
 #include <memory>
@@ -28,6 +28,9 @@ void TakeDrawnTokens(const DrawnTokensParams& params, const int32_t* drawn,
 void RmsNorm(const RmsNormParams& params, const DeviceContext& context);
 void SiluMul(const SiluMulParams& params, const DeviceContext& context);
 void GatherRows(const GatherRowsParams& params, const DeviceContext& context);
+
+// Of rotated queries over a cache of `kv`. An fp8 cache is read as fp16, which holds every e4m3.
+constexpr DType QueryDType(DType kv) { return kv == DType::kF8E4M3 ? DType::kF16 : kv; }
 
 // rope_kv.cu
 void RopeAppendKv(const RopeKvParams& params, const DeviceContext& context);

@@ -65,9 +65,7 @@ class CudaOps final : public Ops {
   ActivationDTypes activation_dtypes() const override {
     return {.residual = DType::kF32, .input = DType::kBF16, .qkv = DType::kBF16};
   }
-  DType QueryDType(DType kv) const override {
-    return kv == DType::kF16 ? DType::kF16 : DType::kBF16;
-  }
+  DType QueryDType(DType kv) const override { return cuda::QueryDType(kv); }
   DeviceMemory memory() const override {
     size_t free_bytes = 0, total_bytes = 0;
     GLOAM_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));

@@ -36,8 +36,8 @@ struct RopeKvKernelParams {
   bool interleaved;
 };
 
-// Conversions to the types of the cache: nearest, ties to even. fp16 and fp8 saturate: an infinity
-// in a key or a value would make a whole answer NaN.
+// Conversions to the types of the cache and of queries over it: nearest, ties to even. fp16 and fp8
+// saturate: an infinity in a key or a value would make a whole answer NaN.
 struct ToBf16 {
   using Query = ToBf16;
   using Storage = uint16_t;
@@ -55,7 +55,7 @@ struct ToF16 {
   }
 };
 struct ToF8 {
-  using Query = ToBf16;
+  using Query = ToF16;
   using Storage = uint8_t;
   __device__ static uint8_t Convert(float x) {
     return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
@@ -256,7 +256,7 @@ void CheckParams(const RopeKvParams& params) {
   GLOAM_CHECK(q.dtype == DType::kF32 || q.dtype == DType::kBF16);
   GLOAM_CHECK(params.k.dtype == q.dtype && params.v.dtype == q.dtype);
   GLOAM_CHECK(params.q_out.data != nullptr && params.q_out.shape == q.shape);
-  GLOAM_CHECK(params.q_out.dtype == (layout.dtype == DType::kF16 ? DType::kF16 : DType::kBF16));
+  GLOAM_CHECK(params.q_out.dtype == QueryDType(layout.dtype));
   GLOAM_CHECK(layout.head_dim % 2 == 0);
   GLOAM_CHECK(params.rotary_dim >= 0 && params.rotary_dim % 2 == 0 &&
               params.rotary_dim <= layout.head_dim);

@@ -47,7 +47,7 @@ class DenseAttentionBench {
     plan.bytes_per_block = num_layers * layout_.block_bytes();
     GLOAM_ASSIGN_OR_RETURN(const KvCachePool pool, KvCachePool::Create(*ops_, plan, num_layers));
     for (const KvLayerView& layer : pool.layers()) {
-      FillRandom(*ops_, layer.data, static_cast<size_t>(layer_bytes), random_);
+      FillRandom(*ops_, layout_.dtype, layer.data, static_cast<size_t>(layer_bytes), random_);
     }
     GLOAM_ASSIGN_OR_RETURN(const Inputs inputs, MakeInputs(batch, context));
 
@@ -103,7 +103,8 @@ class DenseAttentionBench {
          .head_dim = config_.head_dim,
          .hidden_size = config_.hidden_size,
          .intermediate_size = config_.intermediate_size,
-         .vocab_size = config_.vocab_size});
+         .vocab_size = config_.vocab_size,
+         .kv_dtype = layout_.dtype});
   }
 
   StatusOr<Inputs> MakeInputs(int batch, int context) {
@@ -142,7 +143,7 @@ class DenseAttentionBench {
     const size_t bytes =
         static_cast<size_t>(batch) * config_.num_heads * config_.head_dim * DTypeBytes(dtype);
     GLOAM_ASSIGN_OR_RETURN(Buffer buffer, ops_->Allocate(bytes));
-    FillRandom(*ops_, buffer.data(), bytes, random_);
+    FillRandom(*ops_, dtype, buffer.data(), bytes, random_);
     inputs.memory.push_back(std::move(buffer));
     return TensorView::Contiguous(inputs.memory.back().data(), dtype, ops_->device(),
                                   {batch, config_.num_heads, config_.head_dim});

@@ -17,9 +17,9 @@ namespace gloam {
 // named, or no such shape or type), as ResolveModel and ModelFile::Open.
 [[nodiscard]] StatusOr<std::unique_ptr<ModelFile>> OpenBenchModel(const BenchModelOptions& options);
 
-// Fills a device's memory with bf16 or fp16 values of magnitude below 2, of either sign: zeros
-// would make attention flat and cost a device less power than data does.
-void FillRandom(Ops& ops, void* data, size_t bytes, std::mt19937_64& random);
+// Fills a device's memory with bf16, fp16 or e4m3 values of magnitude below 2, of either sign:
+// zeros would make attention flat and cost a device less power than data does.
+void FillRandom(Ops& ops, DType dtype, void* data, size_t bytes, std::mt19937_64& random);
 
 // Of one value at least; the upper of two in the middle.
 double Median(std::vector<double> values);

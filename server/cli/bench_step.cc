@@ -102,6 +102,7 @@ class StepBench {
             {"weight_bytes", model_->weight_bytes()},
             {"read_gigabytes_per_second", read_rate_ / 1e9},
             {"load_seconds", load_seconds_},
+            {"kv_cache_dtype", KvDTypeName(kv_plan_.layout.dtype)},
             {"kv_blocks", kv_plan_.num_blocks},
             {"batch_invariant", options_.model.settings.batch_invariant}};
   }
@@ -120,18 +121,19 @@ class StepBench {
     const int max_batch = *std::max_element(options_.batches.begin(), options_.batches.end());
     const int max_context = *std::max_element(options_.contexts.begin(), options_.contexts.end());
     const int num_new_tokens = kWarmUpSteps + options_.steps + 1;
-    limits_ = {.max_num_seqs = max_batch,
-               .max_num_batched_tokens =
-                   std::max(max_batch, BatchedTokensOf(options_.model.settings, *ops_).max),
-               .max_model_len = max_context + num_new_tokens};
-    GLOAM_ASSIGN_OR_RETURN(ModelRunner runner, ModelRunner::Create(limits_, *ops_, *model_));
-    runner_ = std::make_unique<ModelRunner>(std::move(runner));
-
-    // No more of the cache than the largest cell that fits needs.
     const ModelConfig& config = model_->config();
     kv_plan_.layout = {.dtype = KvDTypeOf(options_.model.settings, config),
                        .num_kv_heads = config.num_kv_heads,
                        .head_dim = config.head_dim};
+    limits_ = {.max_num_seqs = max_batch,
+               .max_num_batched_tokens =
+                   std::max(max_batch, BatchedTokensOf(options_.model.settings, *ops_).max),
+               .max_model_len = max_context + num_new_tokens,
+               .kv_dtype = kv_plan_.layout.dtype};
+    GLOAM_ASSIGN_OR_RETURN(ModelRunner runner, ModelRunner::Create(limits_, *ops_, *model_));
+    runner_ = std::make_unique<ModelRunner>(std::move(runner));
+
+    // No more of the cache than the largest cell that fits needs.
     kv_plan_.bytes_per_block = config.num_layers * kv_plan_.layout.block_bytes();
     const int64_t room = (ops_->memory().free_bytes - kMarginBytes) / kv_plan_.bytes_per_block;
     kv_plan_.num_blocks = 1;
@@ -146,7 +148,7 @@ class StepBench {
     pool_ = std::make_unique<KvCachePool>(std::move(pool));
     runner_->SetCache(pool_->layers(), {});
     for (const KvLayerView& layer : pool_->layers()) {
-      FillRandom(*ops_, layer.data,
+      FillRandom(*ops_, layer.layout.dtype, layer.data,
                  static_cast<size_t>(layer.num_blocks * layer.layout.block_bytes()), random_);
     }
     blocks_.resize(kv_plan_.num_blocks);

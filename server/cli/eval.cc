@@ -133,7 +133,7 @@ StatusOr<std::pair<fs::path, std::string>> FindModel(const std::string& model) {
 Status CheckRunsOnCpu(const ServeOptions& options) {
   if (options.device == "cuda") return InvalidArgument("--device cuda: this runs on the CPU only");
   if (options.kv_cache_dtype == "fp8") {
-    return InvalidArgument("--kv-cache-dtype fp8: this runs on the CPU only");
+    return InvalidArgument("--kv-cache-dtype fp8 needs a GPU; this runs on the CPU only");
   }
   return OkStatus();
 }

@@ -222,7 +222,7 @@ OptionTable::OptionTable(ServeOptions* o) {
                "does; costs speed");
   compute.Choice("kv-cache-dtype", &o->kv_cache_dtype, {"auto", "f16", "bf16", "f32", "fp8"},
                  "Type of the KV cache (auto: bf16, or f16 for models with attention biases); "
-                 "f32 on the CPU only; fp8 is not served yet");
+                 "f32 on the CPU only; fp8 (e4m3) on a GPU only: half the memory, less exact");
   compute.Bytes(
       "kv-cache-memory", &o->kv_cache_memory,
       "Memory of the KV cache, e.g. 2G (default: on the CPU a quarter of what is free, on "

@@ -52,5 +52,7 @@ def test_wrong_use_names_the_setting():
     assert done.returncode == 1 and "'nope' is not a known shape" in done.stderr
     done = bench("gemm", *SHAPE, "--batch", "0")
     assert done.returncode == 2 and "--batch: Value 0 not in range 1 to" in done.stderr
+    done = bench("step", *SHAPE, "--kv-cache-dtype", "fp8")
+    assert done.returncode == 1 and "fp8 needs a GPU" in done.stderr
     done = bench("attention", *SHAPE, "--replay", __file__)
     assert done.returncode == 2 and "--random-weights excludes --replay" in done.stderr

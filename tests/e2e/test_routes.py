@@ -86,9 +86,11 @@ def test_policies_of_a_folder(start_gloam, tmp_path):
         (["--sparsity", "ds_twi"], "--sparsity: the policy 'ds_twi' cannot be used"),
         (["--sparsity-policies", "quest_1024,magic"], "--sparsity-policies: there is no policy"),
         (["--sparsity-dir", "/nonexistent"], "--sparsity-dir: cannot read /nonexistent"),
+        (["--device", "cpu", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype: on the CPU the KV cache "
+         "holds bf16, f16 or f32; fp8 needs a GPU"),
     ],
 )
-def test_wrong_policy_flags(flags, said):
+def test_flags_that_cannot_be_served(flags, said):
     command = [str(binary()), "serve", MODEL, "--port", "0", "--grpc-port", "0", *flags]
     run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert run.returncode == 1

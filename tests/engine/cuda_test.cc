@@ -1,5 +1,5 @@
 // A real model on the GPU, batch-invariant: 200 random mixes give the same bits as each request
-// alone.
+// alone, with a bf16 cache and with fp8.
 //
 //   engine_cuda_test [MODEL]     (from the source folder; tests/models/named_model.h)
 //
@@ -21,11 +21,19 @@ constexpr int kSkipped = 77;  // what ctest is told (SKIP_RETURN_CODE)
 
 NamedModel subject;  // of the command line
 
-TEST_CASE("200 random mixes on the GPU give the same bits as each request alone") {
+void CheckMixesWith(DType kv_dtype) {
   const std::unique_ptr<Ops> ops = MakeCudaOps({.batch_invariant = true}).value();
   LoadedModel loaded = LoadNamedModel(subject, *ops).value();
   if (loaded.tokenizer == nullptr) loaded.tokenizer = std::make_unique<testing::FakeTokenizer>();
-  CheckMixes(loaded, *ops, subject.name);
+  CheckMixes(loaded, *ops, subject.name, kv_dtype);
+}
+
+TEST_CASE("200 random mixes on the GPU give the same bits as each request alone") {
+  CheckMixesWith(DType::kBF16);
+}
+
+TEST_CASE("200 random mixes on the GPU give the same bits with an fp8 cache") {
+  CheckMixesWith(DType::kF8E4M3);
 }
 
 int Run(int argc, char** argv) {

@@ -96,6 +96,12 @@ TEST_CASE("a GPU's memory: the cache gets what utilization leaves") {
   CHECK(table.find("    in all             72.00 GB of 80.00, 90 % may be used\n") !=
         std::string::npos);
 
+  options.kv_cache_dtype = DType::kF8E4M3;
+  const KvPlan fp8 = PlanKvCache(options, Llama8B(), &memory).value();
+  CHECK(2 * fp8.bytes_per_block == plan.bytes_per_block);
+  CHECK(fp8.num_blocks == memory.room_bytes() / fp8.bytes_per_block);
+  options.kv_cache_dtype = DType::kBF16;
+
   // What was asked for in bytes or blocks is given.
   options.kv_cache_bytes = 10 * plan.bytes_per_block;
   options.max_model_len = 160;
@@ -142,12 +148,11 @@ TEST_CASE("a GPU that is too small says what would fit") {
 TEST_CASE("the cache's types by device") {
   CHECK(CheckKvDType(DType::kF32, Device::kCpu).ok());
   CHECK(CheckKvDType(DType::kBF16, Device::kCuda).ok());
-  CHECK_THAT(MessageOf(CheckKvDType(DType::kF8E4M3, Device::kCuda)),
-             Catch::Matchers::Contains("does not read fp8 yet"));
+  CHECK(CheckKvDType(DType::kF8E4M3, Device::kCuda).ok());
   CHECK_THAT(MessageOf(CheckKvDType(DType::kF32, Device::kCuda)),
              Catch::Matchers::Contains("--kv-cache-dtype"));
   CHECK_THAT(MessageOf(CheckKvDType(DType::kF8E4M3, Device::kCpu)),
-             Catch::Matchers::Contains("f32"));
+             Catch::Matchers::Contains("fp8 needs a GPU"));
 }
 
 TEST_CASE("every layer has memory of its own") {

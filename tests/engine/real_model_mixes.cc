@@ -89,7 +89,8 @@ bool SameBits(const CollectingSink::Output& a, const CollectingSink::Output& b) 
 
 }  // namespace
 
-void CheckMixes(const LoadedModel& loaded, Ops& ops, const std::string& model_name) {
+void CheckMixes(const LoadedModel& loaded, Ops& ops, const std::string& model_name,
+                DType kv_dtype) {
   MetricsRegistry metrics("test");
   const auto make_engine = [&](const EngineOptions& options) {
     return Engine::Create(options, ops, std::make_unique<BorrowedModel>(*loaded.model),
@@ -104,6 +105,7 @@ void CheckMixes(const LoadedModel& loaded, Ops& ops, const std::string& model_na
   const std::vector<Request> requests =
       MakeRequests(Texts(model_name, loaded.model->config().vocab_size), random);
   EngineOptions options;
+  options.kv_cache_dtype = kv_dtype;
   options.max_model_len = 64;
   options.num_kv_blocks = 64;
   options.enable_prefix_caching = false;

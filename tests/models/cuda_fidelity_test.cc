@@ -1,6 +1,6 @@
 // A model on the GPU against the same model on the CPU with fp32 activations and an fp32 cache:
-// log-probabilities of given text, and greedy continuations. And, where there is a golden file,
-// against `transformers`.
+// log-probabilities of given text, and greedy continuations; once more with an fp8 cache. And,
+// where there is a golden file, against `transformers`.
 //
 //   cuda_fidelity_test [MODEL]     (from the source folder; tests/models/named_model.h)
 //
@@ -23,8 +23,9 @@ constexpr int kSkipped = 77;  // what ctest is told (SKIP_RETURN_CODE)
 constexpr size_t kNumTexts = 16;
 constexpr size_t kTextTokens = 160;
 constexpr int kGenerated = 32;
-// The bounds that the project promises.
+// The bounds that the project promises; the second with an fp8 cache.
 constexpr double kMaxMeanDifference = 0.02;
+constexpr double kMaxFp8Difference = 0.12;  // SmolLM2 on an H100: 0.069
 // The reference's margin above which the most likely token must be the same: two tokens that move
 // by twice the bf16 rounding of a logit of 30 each.
 constexpr double kNoise = 0.25;
@@ -83,8 +84,12 @@ int Run(const std::string& argument) {
   if (const auto goldens = ReadLogitGoldens(golden_file); goldens.ok()) {
     Total(MeasureFidelity(*on_gpu->model, **gpu, kv_dtype, *goldens, kNoise), "transformers");
   }
+  const FidelityStats fp8 =
+      Total(MeasureFidelity(*on_gpu->model, **gpu, DType::kF8E4M3, reference, kNoise),
+            "the CPU in fp32, with an fp8 cache");
   const bool good = total.mean_difference() <= kMaxMeanDifference && total.num_disagree == 0 &&
-                    total.num_rows > 0 && total.num_clear > 0;
+                    total.num_rows > 0 && total.num_clear > 0 &&
+                    fp8.mean_difference() <= kMaxFp8Difference;
   fmt::print("{}\n", good ? "passed" : "FAILED");
   return good ? 0 : 1;
 }

@@ -155,7 +155,7 @@ std::vector<GoldenPrompt> MakeReference(Model& model, Ops& ops, DType kv_dtype,
   size_t longest = 0;
   for (const auto& text : texts) longest = std::max(longest, text.size());
   const auto max_tokens = static_cast<int>(longest);
-  GLOAM_CHECK(ReserveSteps(model, ops, max_tokens, max_tokens).ok());
+  GLOAM_CHECK(ReserveSteps(model, ops, kv_dtype, max_tokens, max_tokens).ok());
   PagedRunner runner(model, ops, kv_dtype, (max_tokens + num_generated) / kBlockTokens + 1,
                      /*seed=*/1);
   std::vector<GoldenPrompt> prompts;
@@ -205,7 +205,7 @@ void FidelityStats::Add(const FidelityStats& other) {
 
 std::vector<FidelityStats> MeasureFidelity(Model& model, Ops& ops, DType kv_dtype,
                                            const std::vector<GoldenPrompt>& prompts, double noise) {
-  const Status reserved = ReserveSteps(model, ops, kStepTokens, kStepTokens);
+  const Status reserved = ReserveSteps(model, ops, kv_dtype, kStepTokens, kStepTokens);
   GLOAM_CHECK(reserved.ok());
   return FidelityRun(model, ops, kv_dtype, prompts, noise).Run();
 }

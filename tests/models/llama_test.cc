@@ -107,7 +107,7 @@ struct LoadedTinyModel {
     INFO(loaded.status());
     REQUIRE(loaded.ok());
     model = std::move(*loaded);
-    REQUIRE(ReserveSteps(*model, *ops, kMaxTokens, kMaxTokens).ok());
+    REQUIRE(ReserveSteps(*model, *ops, kv_dtype, kMaxTokens, kMaxTokens).ok());
     runner = std::make_unique<PagedRunner>(*model, *ops, kv_dtype, kNumBlocks, seed);
   }
 

@@ -31,7 +31,7 @@ class ArrayPacker {
 
 }  // namespace
 
-Status ReserveSteps(Model& model, Ops& ops, int max_tokens, int max_logit_rows) {
+Status ReserveSteps(Model& model, Ops& ops, DType kv_dtype, int max_tokens, int max_logit_rows) {
   const ModelConfig& config = model.config();
   GLOAM_RETURN_IF_ERROR(model.Reserve(max_tokens, max_logit_rows));
   return ops.Reserve({.max_tokens = max_tokens,
@@ -43,7 +43,8 @@ Status ReserveSteps(Model& model, Ops& ops, int max_tokens, int max_logit_rows) 
                       .head_dim = config.head_dim,
                       .hidden_size = config.hidden_size,
                       .intermediate_size = config.intermediate_size,
-                      .vocab_size = config.vocab_size});
+                      .vocab_size = config.vocab_size,
+                      .kv_dtype = kv_dtype});
 }
 
 PagedRunner::PagedRunner(Model& model, Ops& ops, DType kv_dtype, int num_blocks, uint64_t seed)

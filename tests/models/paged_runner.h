@@ -14,7 +14,8 @@ namespace gloam {
 
 // Makes room in the model and its backend for steps of at most `max_tokens` tokens, each of any
 // sequence. Errors: kResourceExhausted.
-[[nodiscard]] Status ReserveSteps(Model& model, Ops& ops, int max_tokens, int max_logit_rows);
+[[nodiscard]] Status ReserveSteps(Model& model, Ops& ops, DType kv_dtype, int max_tokens,
+                                  int max_logit_rows);
 
 class PagedRunner {
  public:

@@ -192,7 +192,7 @@ void AttentionRun::CheckShapes() const {
   GLOAM_CHECK(q.shape[0] == params_.batch.num_tokens && q.shape[2] == head_dim_);
   GLOAM_CHECK(heads_per_kv_ > 0 && q.shape[1] == heads_per_kv_ * num_kv_heads_);
   GLOAM_CHECK(head_dim_ > 0 && head_dim_ % 16 == 0);
-  GLOAM_CHECK(IsKvDType(layout.dtype));
+  GLOAM_CHECK(IsKvDType(layout.dtype, Device::kCpu));
 }
 
 template <typename F>

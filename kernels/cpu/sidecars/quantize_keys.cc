@@ -147,7 +147,7 @@ HWY_EXPORT(QuantizePerChannelTarget);
 HWY_EXPORT(QuantizePerTokenTarget);
 
 void ConvertToF32(const void* in, DType dtype, int64_t count, float* out) {
-  GLOAM_CHECK(IsKvDType(dtype));
+  GLOAM_CHECK(IsKvDType(dtype, Device::kCpu));
   HWY_DYNAMIC_DISPATCH(ConvertToF32Target)(in, dtype, count, out);
 }
 

@@ -185,7 +185,7 @@ void ScoreBlocks(const BlockScores& work) {
   const int head_dim = work.head_dim;
   GLOAM_CHECK(head_dim > 0 && head_dim % 16 == 0 && head_dim == work.keys.kv.layout.head_dim);
   GLOAM_CHECK(head_dim <= kMaxSidecarHeadDim && work.num_heads <= kMaxGroupHeads);
-  GLOAM_CHECK(IsKvDType(work.keys.kv.layout.dtype));
+  GLOAM_CHECK(IsKvDType(work.keys.kv.layout.dtype, Device::kCpu));
   HWY_DYNAMIC_DISPATCH(ScoreBlocksTarget)(work);
 }
 

@@ -11,7 +11,7 @@ namespace {
 
 void CheckKeys(const KeyBlocks& keys, int num_heads, int head_dim) {
   const KvLayout& layout = keys.kv.layout;
-  GLOAM_CHECK(IsKvDType(layout.dtype) && layout.head_dim == head_dim);
+  GLOAM_CHECK(IsKvDType(layout.dtype, Device::kCpu) && layout.head_dim == head_dim);
   GLOAM_CHECK(head_dim % kQuantVectorChannels == 0 && head_dim <= kMaxSidecarHeadDim);
   GLOAM_CHECK(num_heads >= 0 && num_heads <= kMaxGroupHeads);
 }

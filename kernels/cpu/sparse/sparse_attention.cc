@@ -594,7 +594,8 @@ void CheckShapes(const SparseAttentionParams& params) {
   GLOAM_CHECK(q.dtype == DType::kF32 && params.out.dtype == DType::kF32);
   GLOAM_CHECK(q.shape[0] == params.batch.num_tokens && q.shape[2] == layout.head_dim);
   GLOAM_CHECK(layout.num_kv_heads > 0 && q.shape[1] % layout.num_kv_heads == 0);
-  GLOAM_CHECK(layout.head_dim > 0 && layout.head_dim % 16 == 0 && IsKvDType(layout.dtype));
+  GLOAM_CHECK(layout.head_dim > 0 && layout.head_dim % 16 == 0 &&
+              IsKvDType(layout.dtype, Device::kCpu));
   for (const SparseRow& row : params.rows) {
     GLOAM_CHECK(row.policy != nullptr && row.token >= 0 && row.token < params.batch.num_tokens);
     GLOAM_CHECK(row.compressed == nullptr || row.compressed->complete);

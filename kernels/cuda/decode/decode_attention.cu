@@ -21,9 +21,9 @@
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/decode/decode_attention.h"
 #include "kernels/cuda/decode/merge.cuh"
+#include "kernels/cuda/decode/tiles.cuh"
 #include "kernels/cuda/decode/units.cuh"
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/vectors.cuh"
 
 namespace gloam::cuda {
 namespace decode {
@@ -32,56 +32,6 @@ __device__ __forceinline__ void CopyAsync(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global)
                : "memory");
 }
-
-// Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void LoadMatrices(uint32_t address, uint32_t (&x)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void LoadTransposed(uint32_t address, uint32_t (&x)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
-               : "memory");
-}
-
-// The arithmetic of one 16-bit type.
-template <typename T>
-struct Half;
-
-template <>
-struct Half<__nv_bfloat16> {
-  static __device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-  static __device__ __forceinline__ uint32_t Pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-};
-
-template <>
-struct Half<__half> {
-  static __device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-  static __device__ __forceinline__ uint32_t Pack(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-};
 
 // Over the lanes that differ in g.
 __device__ __forceinline__ float MaxOverTokens(float x) {
@@ -94,6 +44,7 @@ __device__ __forceinline__ float SumOverTokens(float x) {
   for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
   return x;
 }
+
 // What a warp asks memory for: runs of keys and values in turn, unit after unit.
 template <typename T, int kHeadDim>
 class RunStream {
@@ -114,7 +65,7 @@ class RunStream {
 
   // Asks for the next run, if there is one, to lie at `to`, as one group of copies.
   __device__ __forceinline__ void Copy(uint32_t to) {
-    using R = Run<kHeadDim>;
+    using R = Run<T, kHeadDim>;
     if (index_ < units_.end()) {
       const int64_t values_at = int64_t{p_.num_kv_heads} * kBlock * kHeadDim;
       const T* from = static_cast<const T*>(p_.kv) +
@@ -123,7 +74,8 @@ class RunStream {
 #pragma unroll
       for (int i = 0; i < kBlock * R::kRowChunks / 32; ++i) {
         const int token = i * (32 / R::kRowChunks) + lane_ / R::kRowChunks;
-        CopyAsync(to + R::Offset(token, lane_ % R::kRowChunks), from + (i * 32 + lane_) * 8);
+        CopyAsync(to + R::Offset(token, lane_ % R::kRowChunks),
+                  from + (i * 32 + lane_) * (16 / sizeof(T)));
       }
       Advance();
     }
@@ -184,22 +136,27 @@ class RunStream {
   int next_ids_ = 0;
 };
 
-// The query heads of a unit: for each 16 channels the fragments of head g. Heads beyond the last
-// repeat it.
+// The query heads of a unit: for each 16 channels the fragments of head g, channels in the order of
+// the keys' tiles. Heads beyond the last repeat it.
 template <typename T, int kHeadDim>
 struct Query {
+  using Half = typename Tiles<T>::Half;
+
   uint32_t words[kHeadDim / 16][2];
 
   __device__ __forceinline__ void Load(const DecodeAttentionParams& p, const Unit& unit,
                                        int token) {
     const int g = threadIdx.x % 32 / 4;
     const int t = threadIdx.x % 4;
-    const T* head = static_cast<const T*>(p.q) + token * p.q_token_stride +
-                    (unit.first_head + min(g, unit.num_heads - 1)) * p.q_head_stride;
+    const Half* head = static_cast<const Half*>(p.q) + token * p.q_token_stride +
+                       (unit.first_head + min(g, unit.num_heads - 1)) * p.q_head_stride;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
-      words[i][0] = *reinterpret_cast<const uint32_t*>(head + 16 * i + 2 * t);
-      words[i][1] = *reinterpret_cast<const uint32_t*>(head + 16 * i + 8 + 2 * t);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const Half* pair = head + 16 * i + Tiles<T>::KeyChannel(t, j);
+        words[i][j] = *reinterpret_cast<const uint32_t*>(pair);
+      }
     }
   }
 };
@@ -207,15 +164,22 @@ struct Query {
 // Scores of tokens g (0, 1) and g + 8 (2, 3) of a run of keys, heads 2t and 2t + 1.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void Scores(uint32_t keys, const Query<T, kHeadDim>& q, float (&s)[4]) {
+  using R = Run<T, kHeadDim>;
+  constexpr int kTiles = Tiles<T>::kPerLoad;
   const int lane = threadIdx.x % 32;
-  const uint32_t row = Run<kHeadDim>::Offset(lane % 16, lane / 16);
+  const uint32_t row = R::Offset(lane % 16, lane / 16);
   float odd[4] = {0, 0, 0, 0};  // a second sum, because a product waits for the one before
   s[0] = s[1] = s[2] = s[3] = 0;
 #pragma unroll
-  for (int i = 0; i < kHeadDim / 16; ++i) {
-    uint32_t a[4];
-    LoadMatrices(keys + (row ^ (32 * i)), a);
-    Half<T>::Mma(i % 2 == 0 ? s : odd, a, q.words[i][0], q.words[i][1]);
+  for (int i = 0; i < R::kLoads; ++i) {
+    uint32_t x[4];
+    LoadMatrices(keys + (row ^ (32 * i)), x);
+#pragma unroll
+    for (int tile = i * kTiles; tile < (i + 1) * kTiles; ++tile) {
+      uint32_t a[4];
+      Tiles<T>::Keys(x, tile % kTiles, a);
+      Mma<typename Tiles<T>::Half>(tile % 2 == 0 ? s : odd, a, q.words[tile][0], q.words[tile][1]);
+    }
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) s[i] += odd[i];
@@ -226,7 +190,9 @@ template <typename T, int kHeadDim>
 struct Accumulator {
   static constexpr int kTiles = kHeadDim / 16;
 
-  float out[kTiles][4];  // channels 16 * i + g (0, 1) and 16 * i + 8 + g (2, 3)
+  using Half = typename Tiles<T>::Half;
+
+  float out[kTiles][4];  // 16 channels each, in the order of the values' tiles: rows g and g + 8
   float max[2];
   float sum[2];  // of the tokens of this lane
 
@@ -255,19 +221,25 @@ struct Accumulator {
         out[i][h + 2] *= shrink;
       }
     }
-    p[0] = Transpose8x8(Half<T>::Pack(prob[0], prob[1]));
-    p[1] = Transpose8x8(Half<T>::Pack(prob[2], prob[3]));
+    p[0] = Transpose8x8(Pack<Half>(prob[0], prob[1]));
+    p[1] = Transpose8x8(Pack<Half>(prob[2], prob[3]));
   }
 
   // Adds a run of values times `p`.
   __device__ __forceinline__ void AddValues(uint32_t values, const uint32_t (&p)[2]) {
+    using R = Run<T, kHeadDim>;
     const int lane = threadIdx.x % 32;
-    const uint32_t row = Run<kHeadDim>::Offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t row = R::Offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      uint32_t a[4];
-      LoadTransposed(values + (row ^ (32 * i)), a);
-      Half<T>::Mma(out[i], a, p[0], p[1]);
+    for (int i = 0; i < R::kLoads; ++i) {
+      uint32_t x[4];
+      LoadTransposed(values + (row ^ (32 * i)), x);
+#pragma unroll
+      for (int j = 0; j < Tiles<T>::kPerLoad; ++j) {
+        uint32_t a[4];
+        Tiles<T>::Values(x, j, a);
+        Mma<Half>(out[i * Tiles<T>::kPerLoad + j], a, p[0], p[1]);
+      }
     }
   }
 
@@ -288,8 +260,8 @@ struct Accumulator {
       }
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        results.out[warp][head][16 * i + g] = out[i][h];
-        results.out[warp][head][16 * i + 8 + g] = out[i][h + 2];
+        results.out[warp][head][16 * i + Tiles<T>::ValueChannel(g)] = out[i][h];
+        results.out[warp][head][16 * i + Tiles<T>::ValueChannel(g + 8)] = out[i][h + 2];
       }
     }
   }
@@ -297,20 +269,20 @@ struct Accumulator {
 
 // What lies in the tokens of an edge block that the row does not see may be anything, NaN too: zero
 // the values. Those from `end` on and those before `begin`.
-template <int kHeadDim>
+template <typename R>
 __device__ __forceinline__ void ClearHiddenValues(char* values, int begin, int end) {
-  using R = Run<kHeadDim>;
   for (int i = threadIdx.x % 32; i < R::kBytes / 16; i += 32) {
     const int token = i / R::kRowChunks;
     if (token < begin || token >= end) reinterpret_cast<uint4*>(values)[i] = make_uint4(0, 0, 0, 0);
   }
   __syncwarp();
 }
+
 // What the computing warps do. Waits for earlier kernels.
 template <typename T, int kHeadDim>
 __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
                              SharedMemory<kHeadDim>& shared) {
-  using R = Run<kHeadDim>;
+  using R = Run<T, kHeadDim>;
   constexpr int kAhead = R::kPerRing - 1;  // runs that are asked for beyond the one at hand
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;
@@ -371,7 +343,7 @@ __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
       acc.Softmax(s, scale_log2, probs);
       const int values = next_run();
       if (is_edge) {
-        ClearHiddenValues<kHeadDim>(shared.rings[warp][values], visible_begin, visible_end);
+        ClearHiddenValues<R>(shared.rings[warp] + values * R::kBytes, visible_begin, visible_end);
       }
       acc.AddValues(ring + values * R::kBytes, probs);
       visible_begin -= kWarps * kBlock;
@@ -414,6 +386,11 @@ void LaunchFor(const DecodeAttentionParams& params, const DecodeDevice& device) 
   LaunchKernel(kKernel, shape, device.stream, params);
 }
 
+template <typename T>
+void LaunchForType(const DecodeAttentionParams& params, const DecodeDevice& device) {
+  params.head_dim == 64 ? LaunchFor<T, 64>(params, device) : LaunchFor<T, 128>(params, device);
+}
+
 }  // namespace decode
 
 void LaunchDecodeAttention(const DecodeAttentionParams& params, const DecodeDevice& device) {
@@ -422,13 +399,15 @@ void LaunchDecodeAttention(const DecodeAttentionParams& params, const DecodeDevi
   GLOAM_CHECK(params.heads_per_unit > 0 &&
               params.heads_per_unit <= DecodeHeads(device.compute_capability));
   GLOAM_CHECK(params.max_splits > 0 && params.max_splits <= kMaxDecodeSplits);
-  GLOAM_CHECK(params.kv_dtype == DType::kBF16 || params.kv_dtype == DType::kF16);
-  if (params.kv_dtype == DType::kBF16) {
-    params.head_dim == 64 ? decode::LaunchFor<__nv_bfloat16, 64>(params, device)
-                          : decode::LaunchFor<__nv_bfloat16, 128>(params, device);
-  } else {
-    params.head_dim == 64 ? decode::LaunchFor<__half, 64>(params, device)
-                          : decode::LaunchFor<__half, 128>(params, device);
+  switch (params.kv_dtype) {
+    case DType::kBF16:
+      return decode::LaunchForType<__nv_bfloat16>(params, device);
+    case DType::kF16:
+      return decode::LaunchForType<__half>(params, device);
+    case DType::kF8E4M3:
+      return decode::LaunchForType<E4M3>(params, device);
+    default:
+      GLOAM_CHECK(!"the cache on CUDA is bf16, fp16 or fp8 (e4m3)");
   }
 }
 

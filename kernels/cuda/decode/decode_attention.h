@@ -22,7 +22,7 @@ inline constexpr int kMaxDecodeRows = 256;
 
 struct DecodeAttentionParams {
   // Query and output, [num_tokens, num_heads, head_dim]; strides in elements.
-  const void* q = nullptr;  // of the cache's 16-bit type; bf16 over an fp8 cache
+  const void* q = nullptr;  // of the cache's type; fp16 over an fp8 cache
   int64_t q_token_stride = 0;
   int64_t q_head_stride = 0;
   void* out = nullptr;  // bf16

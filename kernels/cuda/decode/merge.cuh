@@ -2,6 +2,8 @@
 // decode_attention.cu.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include "kernels/cuda/decode/units.cuh"
 
 namespace gloam::cuda::decode {

@@ -2,9 +2,6 @@
 // of decode_attention.cu.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "kernels/cuda/decode/decode_attention.h"
 #include "kernels/cuda/shared_barrier.cuh"
 
@@ -32,20 +29,6 @@ constexpr int kComputeCapability = __CUDA_ARCH__ / 10;
 constexpr int kComputeCapability = 80;  // the host asks for the device's own
 #endif
 
-// A run is 16 tokens of keys or values of one head, a ring a number of runs.
-template <int kHeadDim>
-struct Run {
-  static constexpr int kRowChunks = kHeadDim / 8;  // of 16 bytes
-  static constexpr int kRowBytes = 2 * kHeadDim;
-  static constexpr int kBytes = kBlock * kRowBytes;
-  static constexpr int kPerRing = RingBytes(kComputeCapability) / kBytes;
-  static_assert(kPerRing >= 2);
-
-  // Where a chunk of a token lies in a run: the same chunk of 8 tokens is in 8 different banks.
-  static __device__ __forceinline__ uint32_t Offset(int token, int chunk) {
-    return token * kRowBytes + (chunk ^ (token & 7)) * 16;
-  }
-};
 struct Row {
   int seq;
   int token;
@@ -108,7 +91,7 @@ struct WarpResults {
 
 template <int kHeadDim>
 struct SharedMemory {
-  alignas(128) char rings[kWarps][Run<kHeadDim>::kPerRing][Run<kHeadDim>::kBytes];
+  alignas(128) char rings[kWarps][RingBytes(kComputeCapability)];
   WarpResults<kHeadDim> results;
   int before[kMaxDecodeRows + 1];  // of the rows before: pieces or, shared evenly, blocks
   Row rows[kMaxDecodeRows];

@@ -4,12 +4,31 @@
 #include <numeric>
 #include <queue>
 
+#include "base/check.h"
+#include "kernels/paged_kv.h"
+
 namespace gloam::cuda {
 namespace {
 
 constexpr int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 }  // namespace
+
+std::vector<PlacedBlocks> PlaceBlocks(std::span<const PrefillSeq> seqs, int window_left,
+                                      int workspace_blocks) {
+  std::vector<PlacedBlocks> placed;
+  int used = 0;
+  for (const PrefillSeq& seq : seqs) {
+    const int first_token = window_left < 0 ? 0 : std::max(0, seq.kv_len - seq.q_len - window_left);
+    const int first = first_token / kBlockTokens;
+    const int count = CeilDiv(seq.kv_len, kBlockTokens) - first;
+    GLOAM_CHECK(count <= workspace_blocks);
+    if (used + count > workspace_blocks) used = 0;
+    placed.push_back({.first = first, .count = count, .place = used});
+    used += count;
+  }
+  return placed;
+}
 
 PrefillSplit SplitPrefill(std::span<const PrefillSeq> seqs, const PrefillShape& shape) {
   // A sequence of fewer rows would leave most of its tile empty.

@@ -10,8 +10,8 @@ namespace gloam::cuda {
 
 // A sequence of the step that has more than one token.
 struct PrefillSeq {
-  int seq = 0;      // in the batch
-  int q_begin = 0;  // first row of q and out
+  int table_begin = 0;  // in the flat block tables
+  int q_begin = 0;      // first row of q and out
   int q_len = 0;
   int kv_len = 0;  // context including this step's tokens
 };
@@ -63,6 +63,17 @@ struct Fa2Plan {
 };
 // Splits contexts where the tiles alone do not fill the GPU.
 Fa2Plan PlanFa2(std::span<const PrefillSeq> seqs, const PrefillShape& shape);
+
+// The blocks of a sequence that its queries see, and where they go in a workspace.
+struct PlacedBlocks {
+  int first = 0;  // of the sequence
+  int count = 0;
+  int place = 0;  // of the first in the workspace
+};
+// [seqs]. Sequences that the workspace holds together are a group, which begins at place 0; it
+// holds any one of them.
+std::vector<PlacedBlocks> PlaceBlocks(std::span<const PrefillSeq> seqs, int window_left,
+                                      int workspace_blocks);
 
 inline constexpr int kMaxFa2TileRows = 128;
 // Thread blocks of a plan that splits contexts.

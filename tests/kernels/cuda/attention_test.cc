@@ -63,15 +63,12 @@ std::vector<std::vector<uint16_t>> Run(const PagedCache& cache, const CudaFixtur
                 .kv = cache.layout,
                 .num_heads = shape.num_heads(),
                 .sliding_window = shape.window});
-  backend.Attention(
-      {.batch = batch,
-       .q = view(device_q.data(), shape.dtype),
-       .kv = {.data = cache.device_memory.data(),
-              .layout = cache.layout,
-              .num_blocks = cache.device_memory.size() / cache.layout.block_elements()},
-       .scale = shape.scale(),
-       .sliding_window = shape.window,
-       .out = view(out.data(), DType::kBF16)});
+  backend.Attention({.batch = batch,
+                     .q = view(device_q.data(), cache.query_dtype()),
+                     .kv = cache.device_view(),
+                     .scale = shape.scale(),
+                     .sliding_window = shape.window,
+                     .out = view(out.data(), DType::kBF16)});
   gpu.Synchronize();
   const std::vector<uint16_t> bits = out.Download();
   std::vector<std::vector<uint16_t>> results;
@@ -90,15 +87,16 @@ std::unique_ptr<AttentionBackend> MakeBackend(const CudaFixture& gpu, const Atte
                          .max_context = 4096,
                          .num_heads = shape.num_heads(),
                          .num_kv_heads = shape.num_kv_heads,
-                         .head_dim = shape.head_dim})
+                         .head_dim = shape.head_dim,
+                         .kv_dtype = shape.dtype})
               .ok());
   return backend;
 }
 
-const AttentionShape kShapes[] = {{2, 4, 128, 0, DType::kBF16},
-                                  {2, 7, 64, 0, DType::kF16},
-                                  {1, 3, 64, 100, DType::kBF16},
-                                  {Sized(4, 2), 1, 128, 0, DType::kF16}};
+const AttentionShape kShapes[] = {
+    {2, 4, 128, 0, DType::kBF16},   {2, 7, 64, 0, DType::kF16},
+    {1, 3, 64, 100, DType::kBF16},  {Sized(4, 2), 1, 128, 0, DType::kF16},
+    {2, 4, 128, 0, DType::kF8E4M3}, {1, 3, 64, 100, DType::kF8E4M3}};
 
 }  // namespace
 

@@ -132,7 +132,7 @@ TEST_CASE("decode attention equals the double-precision softmax") {
   CAPTURE(kSeed);
   std::mt19937 rng(kSeed);
   const CudaFixture gpu;
-  for (const DType dtype : {DType::kBF16, DType::kF16}) {
+  for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF8E4M3}) {
     for (const int head_dim : {64, 128}) {
       for (const int heads_per_kv : Sized({1, 3, 4, 6, 7, 8, 12}, {1, 4, 7, 12})) {
         const AttentionShape shape = {2, heads_per_kv, head_dim, 0, dtype};
@@ -153,7 +153,10 @@ TEST_CASE("decode attention over long contexts and many heads") {
   CAPTURE(kSeed);
   std::mt19937 rng(kSeed + 1);
   const CudaFixture gpu;
-  const AttentionShape shapes[] = {{1, 4, 128, 0, DType::kBF16}, {2, 6, 64, 0, DType::kF16}};
+  const AttentionShape shapes[] = {{1, 4, 128, 0, DType::kBF16},
+                                   {2, 6, 64, 0, DType::kF16},
+                                   {1, 8, 128, 0, DType::kF8E4M3},
+                                   {2, 1, 64, 0, DType::kF8E4M3}};
   for (const AttentionShape& shape : shapes) {
     CAPTURE(shape.num_kv_heads, shape.head_dim);
     const PagedCache cache(shape, Sized({5000, 40000, 3}, {700, 2200, 3}), rng);
@@ -163,6 +166,8 @@ TEST_CASE("decode attention over long contexts and many heads") {
   CheckAgainstReference(mha, Run(mha, gpu, WholeBatch(mha)));
   const PagedCache gqa({8, 4, 128, 0, DType::kBF16}, Sized({700, 9001}, {40, 1100}), rng);
   CheckAgainstReference(gqa, Run(gqa, gpu, WholeBatch(gqa)));
+  const PagedCache fp8({8, 4, 128, 0, DType::kF8E4M3}, Sized({700, 9001}, {40, 1100}), rng);
+  CheckAgainstReference(fp8, Run(fp8, gpu, WholeBatch(fp8)));
 }
 
 TEST_CASE("decode attention balanced over a batch") {
@@ -170,7 +175,9 @@ TEST_CASE("decode attention balanced over a batch") {
   std::mt19937 rng(kSeed + 7);
   const CudaFixture gpu;
   for (const AttentionShape& shape :
-       {AttentionShape{8, 4, 128, 0, DType::kBF16}, AttentionShape{2, 3, 64, 300, DType::kF16}}) {
+       {AttentionShape{8, 4, 128, 0, DType::kBF16}, AttentionShape{2, 3, 64, 300, DType::kF16},
+        AttentionShape{8, 4, 128, 0, DType::kF8E4M3},
+        AttentionShape{2, 3, 64, 300, DType::kF8E4M3}}) {
     CAPTURE(shape.num_kv_heads, shape.head_dim);
     // From pieces as short as may be to rows in one piece.
     for (const int num_rows : Sized({1, 14, 20, 62, 70, 200}, {1, 3, 9})) {
@@ -201,9 +208,12 @@ TEST_CASE("decode attention with a sliding window") {
   const CudaFixture gpu;
   for (const int window : {1, 15, 16, 17, 100, 1000, 4096}) {
     CAPTURE(window);
-    const PagedCache cache({2, 4, 64, window, DType::kBF16},
-                           {1, 16, 17, 100, 101, 999, Sized(3000, 1100)}, rng);
-    CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache)));
+    for (const AttentionShape& shape : {AttentionShape{2, 4, 64, window, DType::kBF16},
+                                        AttentionShape{2, 4, 64, window, DType::kF8E4M3},
+                                        AttentionShape{1, 3, 128, window, DType::kF8E4M3}}) {
+      const PagedCache cache(shape, {1, 16, 17, 100, 101, 999, Sized(3000, 1100)}, rng);
+      CheckAgainstReference(cache, Run(cache, gpu, WholeBatch(cache)));
+    }
   }
 }
 
@@ -213,14 +223,16 @@ TEST_CASE("decode attention equals the CPU backend") {
   const CudaFixture gpu;
   const auto cpu = MakeCpuOps({});
   for (const AttentionShape& shape :
-       {AttentionShape{2, 7, 64, 0, DType::kBF16}, AttentionShape{8, 4, 128, 50, DType::kF16}}) {
-    PagedCache cache(shape, {1, 40, 300, 2048}, rng);
+       {AttentionShape{2, 7, 64, 0, DType::kBF16}, AttentionShape{8, 4, 128, 50, DType::kF16},
+        AttentionShape{2, 7, 64, 50, DType::kF8E4M3},
+        AttentionShape{8, 4, 128, 0, DType::kF8E4M3}}) {
+    const PagedCache cache(shape, {1, 40, 300, 2048}, rng);
     const int num_seqs = static_cast<int>(cache.lengths.size());
     const std::vector<uint16_t> out = Run(cache, gpu, WholeBatch(cache));
     std::vector<float> q, expected(int64_t{num_seqs} * shape.width());
     std::vector<int32_t> positions, cu_seqlens = {0};
     for (int seq = 0; seq < num_seqs; ++seq) {
-      const std::vector<float> row = ToFloat(shape.dtype, cache.queries[seq]);
+      const std::vector<float> row = ToFloat(cache.query_dtype(), cache.queries[seq]);
       q.insert(q.end(), row.begin(), row.end());
       positions.push_back(cache.lengths[seq] - 1);
       cu_seqlens.push_back(seq + 1);
@@ -236,9 +248,12 @@ TEST_CASE("decode attention equals the CPU backend") {
       return TensorView::Contiguous(x.data(), DType::kF32, Device::kCpu,
                                     {num_seqs, shape.num_heads(), shape.head_dim});
     };
+    std::vector<uint16_t> memory = cache.Widened();
+    KvLayout layout = cache.layout;
+    layout.dtype = cache.query_dtype();
     cpu->Attention({.batch = batch,
                     .q = view(q),
-                    .kv = {.data = cache.memory.data(), .layout = cache.layout},
+                    .kv = {.data = memory.data(), .layout = layout},
                     .scale = shape.scale(),
                     .sliding_window = shape.window,
                     .out = view(expected)});
@@ -257,7 +272,9 @@ TEST_CASE("a row's bits do not depend on its batch") {
   const AttentionShape shapes[] = {{Sized(8, 1), 4, 128, 0, DType::kBF16},
                                    {2, 7, 64, 0, DType::kF16},
                                    {Sized(4, 1), 1, 128, Sized(300, 100), DType::kBF16},
-                                   {2, 12, 64, 0, DType::kBF16}};
+                                   {2, 12, 64, 0, DType::kBF16},
+                                   {Sized(8, 1), 4, 128, 0, DType::kF8E4M3},
+                                   {2, 7, 64, Sized(300, 100), DType::kF8E4M3}};
   for (const AttentionShape& shape : shapes) {
     CAPTURE(shape.num_kv_heads, shape.heads_per_kv, shape.head_dim, shape.window);
     const int width = shape.width();
@@ -291,7 +308,8 @@ TEST_CASE("a token of a chunk has the bits of a lone token") {
   const CudaFixture gpu;
   const int num_queries = Sized(400, 70);
   for (const AttentionShape& shape :
-       {AttentionShape{2, 4, 128, 0, DType::kBF16}, AttentionShape{1, 3, 64, 90, DType::kF16}}) {
+       {AttentionShape{2, 4, 128, 0, DType::kBF16}, AttentionShape{1, 3, 64, 90, DType::kF16},
+        AttentionShape{2, 4, 128, 0, DType::kF8E4M3}}) {
     const int width = shape.width();
     const int longest = Sized(5000, 600);
     const PagedCache cache(shape, {num_queries, Sized(1300, 310), longest}, rng, num_queries);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "catch2/catch.hpp"
+#include "tests/kernels/cuda/cache_values.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 
 namespace gloam::cuda {
@@ -77,13 +78,14 @@ class Step {
         }
       }
     }
-    kv_bits_ = RoundTo(shape.dtype, kv);
-    q_bits_ = RoundTo(shape.dtype, q);
-    kv_ = ToFloat(shape.dtype, kv_bits_);
-    q_ = ToFloat(shape.dtype, q_bits_);
+    kv_bytes_ = ToBytes(shape.dtype, kv);
+    q_bits_ = RoundTo(q_dtype(), q);
+    kv_ = FromBytes(shape.dtype, kv_bytes_);
+    q_ = ToFloat(q_dtype(), q_bits_);
   }
 
   int num_tokens() const { return cu_seqlens_.back(); }
+  DType q_dtype() const { return QueryDTypeOf(shape_.dtype); }
   int64_t q_stride() const {
     return int64_t{shape_.num_heads() + 2 * shape_.num_kv_heads} * shape_.head_dim;
   }
@@ -96,7 +98,8 @@ class Step {
 
   // Plans and runs, twice over, the sequences of more than one token; returns bf16 bits.
   std::vector<uint16_t> Run(const DeviceContext& context) const {
-    const DeviceArray<uint16_t> kv(kv_bits_), q(q_bits_);
+    const DeviceArray<uint8_t> kv(kv_bytes_);
+    const DeviceArray<uint16_t> q(q_bits_);
     const DeviceArray<int32_t> tables(block_tables_), cu_seqlens(cu_seqlens_),
         context_lens(context_lens_);
     const int64_t out_size = int64_t{num_tokens()} * shape_.num_heads() * shape_.head_dim;
@@ -111,7 +114,7 @@ class Step {
                     .block_tables = tables.data(),
                     .host_cu_seqlens = cu_seqlens_.data(),
                     .host_context_lens = context_lens_.data()};
-    params.q = TensorView::Contiguous(q.data(), shape_.dtype, Device::kCuda,
+    params.q = TensorView::Contiguous(q.data(), q_dtype(), Device::kCuda,
                                       {num_tokens(), shape_.num_heads(), shape_.head_dim});
     params.q.strides[0] = q_stride();
     params.kv = {.data = kv.data(), .layout = layout_, .num_blocks = num_blocks_};
@@ -127,7 +130,8 @@ class Step {
                            .max_context = max_blocks_ * kBlockTokens,
                            .num_heads = shape_.num_heads(),
                            .num_kv_heads = shape_.num_kv_heads,
-                           .head_dim = shape_.head_dim})
+                           .head_dim = shape_.head_dim,
+                           .kv_dtype = shape_.dtype})
                 .ok());
     std::vector<int> planned;
     for (size_t s = 0; s < seqs_.size(); ++s) {
@@ -209,7 +213,7 @@ class Step {
     // Probabilities are rounded to the cache's type, outputs (and the parts of split contexts) to
     // bf16; scores and sums are fp32.
     const double bf16_unit = std::exp2(-8);
-    const double probability_unit = shape_.dtype == DType::kBF16 ? bf16_unit : std::exp2(-11);
+    const double probability_unit = q_dtype() == DType::kBF16 ? bf16_unit : std::exp2(-11);
     for (const Row& row : rows) {
       const int64_t begin =
           (int64_t{cu_seqlens_[row.seq] + row.row} * shape_.num_heads() + row.head) *
@@ -241,7 +245,8 @@ class Step {
   int num_blocks_ = 0;
   int max_blocks_ = 0;
   std::vector<int32_t> cu_seqlens_, context_lens_, block_tables_;
-  std::vector<uint16_t> kv_bits_, q_bits_;
+  std::vector<uint8_t> kv_bytes_;
+  std::vector<uint16_t> q_bits_;
   std::vector<float> kv_, q_;  // the same, widened
 };
 
@@ -285,7 +290,7 @@ const std::vector<Seq> kRagged =
                {{1, 40}, {2, 39}, {17, 17}, {16, 53}, {1, 1}, {193, 200}});
 
 TEST_CASE("prefill attention: ragged chunks for every group size") {
-  for (const DType dtype : {DType::kBF16, DType::kF16}) {
+  for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF8E4M3}) {
     for (const int head_dim : {64, 128}) {
       for (const int group : Sized({1, 3, 4, 6, 7, 8}, {1, 3})) {
         TestStep({.dtype = dtype, .head_dim = head_dim, .group = group}, kRagged);
@@ -300,7 +305,9 @@ TEST_CASE("prefill attention: sliding windows") {
       TestStep({.head_dim = head_dim, .group = Sized(4, 2), .window = window}, kRagged);
     }
   }
-  TestStep({.dtype = DType::kF16, .group = Sized(7, 3), .window = Sized(250, 90)}, kRagged);
+  for (const DType dtype : {DType::kF16, DType::kF8E4M3}) {
+    TestStep({.dtype = dtype, .group = Sized(7, 3), .window = Sized(250, 90)}, kRagged);
+  }
 }
 
 TEST_CASE("prefill attention: chunks deep in a context") {
@@ -308,7 +315,7 @@ TEST_CASE("prefill attention: chunks deep in a context") {
                                                {{20, 620}, {1, 30}, {2, 300}, {5, 17}});
   const Seq deep = Sized(Seq{512, 5512}, Seq{130, 430});
   const int many_heads = Sized(8, 4);
-  for (const DType dtype : {DType::kBF16, DType::kF16}) {
+  for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF8E4M3}) {
     for (const int head_dim : {64, 128}) {
       TestStep({.dtype = dtype, .head_dim = head_dim, .num_kv_heads = many_heads, .group = 3},
                {{1, 9}, deep});
@@ -316,9 +323,28 @@ TEST_CASE("prefill attention: chunks deep in a context") {
       TestStep({.dtype = dtype, .head_dim = head_dim, .num_kv_heads = many_heads}, few_rows);
     }
   }
-  TestStep({.num_kv_heads = many_heads, .group = Sized(4, 2), .window = Sized(1024, 200)},
-           {deep, {30, Sized(4000, 500)}});
-  TestStep({.group = 3, .window = Sized(2000, 400)}, few_rows);
+  for (const DType dtype : {DType::kBF16, DType::kF8E4M3}) {
+    TestStep({.dtype = dtype,
+              .num_kv_heads = many_heads,
+              .group = Sized(4, 2),
+              .window = Sized(1024, 200)},
+             {deep, {30, Sized(4000, 500)}});
+    TestStep({.dtype = dtype, .group = 3, .window = Sized(2000, 400)}, few_rows);
+  }
+}
+
+// Their contexts are more than the workspace of an fp8 cache holds at a time.
+TEST_CASE("prefill attention: many long contexts in one step") {
+  const int longest = Sized(4000, 600);
+  std::vector<Seq> seqs = {{1, longest}};
+  for (int i = 0; i < 7; ++i) {
+    seqs.push_back({2 + 30 * i, i % 3 == 0 ? longest - 50 * i : longest / 3 + 7 * i});
+  }
+  for (const int window : {0, Sized(1000, 200)}) {
+    for (const int head_dim : {64, 128}) {
+      TestStep({.dtype = DType::kF8E4M3, .head_dim = head_dim, .group = 3, .window = window}, seqs);
+    }
+  }
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "catch2/catch.hpp"
+#include "kernels/paged_kv.h"
 
 namespace gloam::cuda {
 namespace {
@@ -19,7 +20,7 @@ std::vector<PrefillSeq> RandomSeqs(std::mt19937& rng, int max_tokens) {
   for (int n = 1 + static_cast<int>(rng() % 6); n > 0; --n) {
     const int tokens = 2 + static_cast<int>(rng() % max_tokens);
     const int earlier = rng() % 2 == 0 ? 0 : static_cast<int>(rng() % 20000);
-    seqs.push_back({.seq = n, .q_begin = row, .q_len = tokens, .kv_len = tokens + earlier});
+    seqs.push_back({.table_begin = n, .q_begin = row, .q_len = tokens, .kv_len = tokens + earlier});
     row += tokens;
   }
   return seqs;
@@ -36,6 +37,29 @@ PrefillShape RandomShape(std::mt19937& rng) {
 }
 
 int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+TEST_CASE("prefill plan: what queries see has a place in the workspace") {
+  std::mt19937 rng(kSeed);
+  for (int round = 0; round < 200; ++round) {
+    const std::vector<PrefillSeq> seqs = RandomSeqs(rng, 4000);
+    const int window_left = RandomShape(rng).window_left;
+    const int num_blocks = CeilDiv(24000, kBlockTokens) + static_cast<int>(rng() % 500);
+    const std::vector<PlacedBlocks> placed = PlaceBlocks(seqs, window_left, num_blocks);
+    REQUIRE(placed.size() == seqs.size());
+    int end = 0;  // of the group so far
+    for (size_t i = 0; i < seqs.size(); ++i) {
+      const PlacedBlocks& blocks = placed[i];
+      const int first_query = seqs[i].kv_len - seqs[i].q_len;
+      const int first_seen = window_left < 0 ? 0 : std::max(0, first_query - window_left);
+      CHECK(blocks.first == first_seen / kBlockTokens);
+      CHECK(blocks.first + blocks.count == CeilDiv(seqs[i].kv_len, kBlockTokens));
+      CHECK(blocks.place + blocks.count <= num_blocks);
+      const bool fits = end + blocks.count <= num_blocks;
+      CHECK(blocks.place == (fits ? end : 0));
+      end = blocks.place + blocks.count;
+    }
+  }
+}
 
 TEST_CASE("prefill plan: FA3 has each tile of each head once, evenly spread") {
   std::mt19937 rng(kSeed);

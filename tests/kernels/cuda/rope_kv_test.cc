@@ -1,7 +1,5 @@
 // RopeAppendKv on the GPU: rotated values rounded to the cache's types bit for bit, the CPU twin,
 // padding, and memory that must stay untouched.
-#include <cuda_fp8.h>
-
 #include <algorithm>
 #include <cmath>
 #include <random>
@@ -9,6 +7,7 @@
 
 #include "catch2/catch.hpp"
 #include "kernels/cuda/cuda_kernels.h"
+#include "tests/kernels/cuda/cache_values.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 
 namespace gloam::cuda {
@@ -29,14 +28,10 @@ struct Shape {
   bool from_bf16 = false;
 };
 
-// Bytes of one value in the cache's type.
+// Bytes of one value in the type of a cache or of its queries.
 std::vector<uint8_t> Encode(DType dtype, float value) {
-  if (dtype == DType::kF8E4M3) {
-    return {static_cast<uint8_t>(__nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3))};
-  }
   if (dtype == DType::kF16 && !std::isnan(value)) value = std::clamp(value, -65504.0f, 65504.0f);
-  const uint16_t bits = RoundTo(dtype, std::span(&value, 1))[0];
-  return {static_cast<uint8_t>(bits & 0xFF), static_cast<uint8_t>(bits >> 8)};
+  return ToBytes(dtype, std::span(&value, 1));
 }
 
 // One head, rotated with the same two roundings per channel as the kernels.
@@ -82,7 +77,7 @@ struct Case {
     layout = {.dtype = shape.dtype, .num_kv_heads = shape.num_kv_heads, .head_dim = shape.head_dim};
   }
 
-  DType query_dtype() const { return shape.dtype == DType::kF16 ? DType::kF16 : DType::kBF16; }
+  DType query_dtype() const { return QueryDTypeOf(shape.dtype); }
   const float* Head(int64_t token, int head) const {
     return &qkv[shape.offset + token * width + int64_t{head} * shape.head_dim];
   }
