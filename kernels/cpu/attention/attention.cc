@@ -92,6 +92,7 @@ struct ThreadMemory {
 
   ThreadMemory(Carver& carver, int64_t num_rows, int head_dim) {
     workspace.queries = carver.Take<float>(num_rows * head_dim);
+    workspace.ordered_queries = carver.Take<float>(num_rows * head_dim);
     workspace.keys = carver.Take<float>(head_dim * kGroupTokens);
     workspace.values = carver.Take<float>(head_dim * kGroupTokens);
     workspace.probs = carver.Take<float>(num_rows * kGroupTokens);
@@ -125,9 +126,10 @@ class AttentionRun {
     return params_.batch.block_tables + int64_t{tile.seq} * params_.batch.max_blocks_per_seq;
   }
 
-  void RunItem(const WorkItem& item, int thread) const;
-  // Asks for the first keys and values that RunItem(item) will read.
-  void PrefetchItem(const WorkItem& item) const;
+  // `next` is probably this thread's next item, or null.
+  void RunItem(const WorkItem& item, const WorkItem* next, int thread) const;
+  // The first group of blocks that a tile reads in a partition.
+  HeadBlocks FirstBlocks(const TokenTile& tile, int64_t partition) const;
   AttentionPartial PartialOf(const WorkItem& item, int64_t partition) const;
   void WriteOutput(const TokenTile& tile, const AttentionPartial& total) const;
 
@@ -283,9 +285,8 @@ void AttentionRun::Execute(ThreadPool& pool, Scratch& scratch) {
   PlanItems();
 
   const auto task = [this](int64_t index, int thread) {
-    // Probably this thread's next one: a short context is over before its first miss is served.
-    if (index + num_threads_ < num_items_) PrefetchItem(items_[index + num_threads_]);
-    RunItem(items_[index], thread);
+    const int64_t next = index + num_threads_;
+    RunItem(items_[index], next < num_items_ ? &items_[next] : nullptr, thread);
   };
   if (num_threads_ > 1) {
     pool.ParallelFor(num_items_, task);
@@ -301,15 +302,13 @@ AttentionPartial AttentionRun::PartialOf(const WorkItem& item, int64_t partition
   return carver.TakePartial(num_rows, head_dim_);
 }
 
-void AttentionRun::PrefetchItem(const WorkItem& item) const {
-  const int64_t first_position = params_.batch.positions[item.tile.first_token];
+HeadBlocks AttentionRun::FirstBlocks(const TokenTile& tile, int64_t partition) const {
+  const int64_t first_position = params_.batch.positions[tile.first_token];
   const int64_t first_block =
-      std::max<int64_t>(item.first_partition * kPartitionTokens, first_position - window_ + 1) /
-      kBlockTokens;
-  const int64_t end_block = CeilDiv(first_position + item.tile.num_tokens, kBlockTokens);
-  PrefetchBlocks(params_.kv, item.tile.kv_head, item.tile.num_kv_heads,
-                 BlockTableOf(item.tile) + first_block,
-                 std::min<int64_t>(kGroupBlocks, end_block - first_block));
+      std::max<int64_t>(partition * kPartitionTokens, first_position - window_ + 1) / kBlockTokens;
+  const int64_t end_block = CeilDiv(first_position + tile.num_tokens, kBlockTokens);
+  return {tile.kv_head, tile.num_kv_heads, BlockTableOf(tile) + first_block,
+          std::min<int64_t>(kGroupBlocks, end_block - first_block)};
 }
 
 int64_t AttentionRun::OffsetOf(const TokenTile& tile, int row, const TensorView& x) const {
@@ -320,7 +319,7 @@ int64_t AttentionRun::OffsetOf(const TokenTile& tile, int row, const TensorView&
   return token * x.strides[0] + head * x.strides[1];
 }
 
-void AttentionRun::RunItem(const WorkItem& item, int thread) const {
+void AttentionRun::RunItem(const WorkItem& item, const WorkItem* next, int thread) const {
   Carver carver(thread_memory_ + thread * thread_bytes_);
   const ThreadMemory memory(carver, max_rows_, head_dim_);
   const TokenTile& tokens = item.tile;
@@ -340,10 +339,19 @@ void AttentionRun::RunItem(const WorkItem& item, int thread) const {
   }
 
   const int64_t end = item.first_partition + item.num_partitions;
+  const auto attend = [&](int64_t partition, const AttentionPartial& result) {
+    if (partition + 1 < end) {
+      tile.next = FirstBlocks(tokens, partition + 1);
+    } else {
+      tile.next = next == nullptr ? HeadBlocks() : FirstBlocks(next->tile, next->first_partition);
+    }
+    AttendPartition(tile, partition, memory.workspace, result);
+  };
   if (item.split < 0) {
-    ClearPartial(memory.total, tile.num_rows(), head_dim_);
-    for (int64_t partition = item.first_partition; partition < end; ++partition) {
-      AttendPartition(tile, partition, memory.workspace, memory.part);
+    // The first partition needs no fold: an empty total plus a part is the part, bit for bit.
+    attend(item.first_partition, memory.total);
+    for (int64_t partition = item.first_partition + 1; partition < end; ++partition) {
+      attend(partition, memory.part);
       FoldPartial(memory.total, memory.part, tile.num_rows(), head_dim_);
     }
     WriteOutput(tokens, memory.total);
@@ -351,7 +359,7 @@ void AttentionRun::RunItem(const WorkItem& item, int thread) const {
   }
 
   for (int64_t partition = item.first_partition; partition < end; ++partition) {
-    AttendPartition(tile, partition, memory.workspace, PartialOf(item, partition));
+    attend(partition, PartialOf(item, partition));
   }
   if (counters_[item.split].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
   ClearPartial(memory.total, tile.num_rows(), head_dim_);

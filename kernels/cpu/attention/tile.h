@@ -18,6 +18,17 @@ inline constexpr int kPartitionTokens = 512;
 inline constexpr int kGroupBlocks = 2;
 inline constexpr int kGroupTokens = kGroupBlocks * kBlockTokens;
 
+// Neighbouring KV heads of a tile whose keys and values of a group are read together.
+inline constexpr int kHeadsAtOnce = 4;
+
+// Some blocks of some neighbouring KV heads.
+struct HeadBlocks {
+  int kv_head = 0;  // the first
+  int num_kv_heads = 0;
+  const int32_t* blocks = nullptr;
+  int64_t num_blocks = 0;
+};
+
 // Query rows of some neighbouring KV heads: `num_tokens` consecutive tokens of a sequence, each
 // with the `heads_per_kv` query heads that share a KV head.
 // Row = (KV head of the tile * num_tokens + token) * heads_per_kv + head.
@@ -45,6 +56,9 @@ struct AttentionTile {
   // the last one's block of 16; values lie `values_offset` bytes further. Null: in the blocks.
   const std::byte* const* rows = nullptr;
   int64_t values_offset = 0;
+  // Of tiles without `rows`: what this thread reads after the partition; it comes with the
+  // partition's last group.
+  HeadBlocks next;
 
   int rows_per_kv_head() const { return num_tokens * heads_per_kv; }
   int num_rows() const { return num_kv_heads * rows_per_kv_head(); }
@@ -63,16 +77,13 @@ struct AttentionPartial {
 
 // Memory that one thread works in; all 64-byte aligned.
 struct TileWorkspace {
-  float* queries = nullptr;    // [num_rows, head_dim], scaled
-  float* keys = nullptr;       // [head_dim, kGroupTokens]
-  float* values = nullptr;     // [kGroupTokens, head_dim]
-  float* probs = nullptr;      // [rows_per_kv_head, kGroupTokens]
-  float* lane_sums = nullptr;  // [num_rows, kBlockTokens]
+  float* queries = nullptr;          // [num_rows, head_dim], scaled
+  float* ordered_queries = nullptr;  // [num_rows, head_dim]
+  float* keys = nullptr;             // [head_dim, kGroupTokens]
+  float* values = nullptr;           // [kGroupTokens, head_dim]
+  float* probs = nullptr;            // [num_rows, kGroupTokens]
+  float* lane_sums = nullptr;        // [num_rows, kBlockTokens]
 };
-
-// Asks for the keys and values of some KV heads in `num_blocks` blocks to come into the L2 cache.
-void PrefetchBlocks(const KvLayerView& kv, int kv_head, int num_kv_heads, const int32_t* blocks,
-                    int64_t num_blocks);
 
 // Attends to the positions of `partition` that lie in the tile's range.
 void AttendPartition(const AttentionTile& tile, int64_t partition, const TileWorkspace& workspace,

@@ -60,6 +60,7 @@ struct TaskMemory {
     const int64_t heads = shape.num_heads;
     const int64_t dim = shape.head_dim;
     workspace.queries = carver.Take<float>(heads * dim);
+    workspace.ordered_queries = carver.Take<float>(heads * dim);
     workspace.keys = carver.Take<float>(dim * kGroupTokens);
     workspace.values = carver.Take<float>(dim * kGroupTokens);
     workspace.probs = carver.Take<float>(heads * kGroupTokens);
