@@ -22,7 +22,7 @@ void RunFa3(const Fa3Params& params) {
                                         /*NUM_STAGES=*/2, T, T, cutlass::bfloat16_t, int32_t,
                                         flashinfer::StandardAttention>;
   using Loads = PagedLoads<Traits>;
-  using Epilogue = flashinfer::CollectiveEpilogue<Traits>;
+  using Epilogue = typename Loads::Epilogue;
   using Scheduler = flashinfer::BatchPrefillPersistentTileScheduler<int32_t>;
   const auto kernel =
       flashinfer::PrefillWithKVCacheKernel<Loads, Epilogue, Traits, /*LEFT_SLIDING_WINDOW=*/true,

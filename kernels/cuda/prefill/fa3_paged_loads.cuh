@@ -6,6 +6,8 @@
 
 #include <flashinfer/attention/hopper/prefill_sm90.cuh>
 
+#include "kernels/cuda/prefill/fa3_epilogue.cuh"
+
 namespace gloam::cuda {
 
 template <typename Traits>
@@ -28,6 +30,7 @@ class PagedLoads {
   using MainloopPipeline = typename Traits::MainloopPipeline;
   using PipelineParams = typename MainloopPipeline::Params;
   using PipelineState = typename MainloopPipeline::PipelineState;
+  using Epilogue = TileEpilogue<Traits>;
   using WarpScheduler = flashinfer::WarpScheduler<Traits, /*UseSchedulerBarrier=*/true>;
   static constexpr bool USE_TMA_LOAD_KV = true;
   static constexpr uint32_t TmaTransactionBytesK = kTileTokens * kHeadDim * sizeof(T);
@@ -94,7 +97,8 @@ class PagedLoads {
                                      piece * kPieceChannels, q_head, q_begin + q_tile * kTileRows);
       }
     }
-    shared.barrier_O.wait((work_index + 1) % 2);  // results lie where values will
+    __syncwarp();
+    if (work_index > 0) Epilogue::AwaitResultsRead();  // results lie where values will
 
     if (kv_len % kPageTokens != 0 && (tile + 1) * kTileTokens > kv_len) {
       // The tile has a page whose rows are not all the context's.
@@ -120,6 +124,7 @@ class PagedLoads {
   // Before the thread block ends: waits until nothing is read any more.
   CUTLASS_DEVICE void load_tail(MainloopPipeline keys, MainloopPipeline values,
                                 PipelineState& keys_state, PipelineState& values_state) {
+    if (keys_state.count() > 0) Epilogue::AwaitResultsRead();  // of the last tile
     keys.producer_tail(keys_state);
     values.producer_tail(values_state);
   }

@@ -1,0 +1,49 @@
+// What FlashInfer's FA3 kernel takes as its epilogue: a tile's results go through shared memory,
+// where values were and will be, to their rows. FlashInfer's own lets a warp read results as soon
+// as half of the warps have stored theirs (each is counted twice at one barrier), and one warp that
+// has read its share tells the producer to overwrite them all; under racecheck results were wrong.
+#pragma once
+
+#include <flashinfer/attention/hopper/prefill_sm90.cuh>
+
+namespace gloam::cuda {
+
+template <typename Traits>
+class TileEpilogue : public flashinfer::CollectiveEpilogue<Traits> {
+  using Base = flashinfer::CollectiveEpilogue<Traits>;
+
+ public:
+  // Called by all multiplying threads.
+  template <typename Coord, typename Storage, typename Sums, typename Lse, typename Mma>
+  CUTLASS_DEVICE void store(const typename Base::Params& params, const Sums& sums, const Lse&,
+                            Storage& shared, Mma mma, int thread, const Coord& coord) {
+    const auto [q_tile, q_head, kv_head, q_begin, table_begin, q_len, kv_len, unused] = coord;
+    const auto results =
+        cute::make_tensor(cute::make_smem_ptr(shared.smem_o.data()), typename Base::SmemLayoutO{});
+    const auto rounded = flashinfer::convert_type<typename Base::DTypeO>(sums);
+    const auto to_shared = cute::make_tiled_copy_C(typename Base::SmemCopyAtomO{}, mma);
+    const auto own = to_shared.get_thread_slice(thread);
+    Sync(static_cast<int>(flashinfer::NamedBarriers::kValueEmpty));  // all have read the values
+    cute::copy(to_shared, own.retile_S(rounded), own.partition_D(results));
+    Sync(static_cast<int>(flashinfer::NamedBarriers::kValueEmpty));  // all results are there
+    flashinfer::write_O<Base::NUM_COPY_THREADS>(
+        params.O_ptr, typename Base::TiledCopyO{}, params.layout_O,
+        cute::select<0, 1>(typename Base::TileShape_PDV{}), results, thread, q_tile, q_head,
+        q_begin, q_len, /*write_warp_idx=*/0);
+    AwaitResultsRead();
+  }
+
+  // For the producer warp and the multiplying threads, once for every tile: results have been read,
+  // values may come in their place.
+  CUTLASS_DEVICE static void AwaitResultsRead() {
+    constexpr int kBarrier = 7;  // after those of flashinfer::NamedBarriers
+    cutlass::arch::NamedBarrier::sync(Base::NUM_MMA_THREADS + cutlass::NumThreadsPerWarp, kBarrier);
+  }
+
+ private:
+  CUTLASS_DEVICE static void Sync(int barrier) {
+    cutlass::arch::NamedBarrier::sync(Base::NUM_MMA_THREADS, barrier);
+  }
+};
+
+}  // namespace gloam::cuda
