@@ -28,9 +28,25 @@
 namespace gloam::cuda {
 namespace decode {
 
-__device__ __forceinline__ void CopyAsync(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global)
-               : "memory");
+// 16 bytes, with a policy for the lines in L2.
+__device__ __forceinline__ void CopyAsync(uint32_t shared, const void* global, uint64_t policy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared),
+      "l"(global), "l"(policy)
+      : "memory");
+}
+
+// Of keys and values. Those of single tokens' sequences are read once: what the next kernels read
+// stays in L2 instead (the step of 256 rows of Llama-3.1-8B at 1,024 tokens on an H100: 19.55 ms
+// without, 19.39 with).
+__device__ __forceinline__ uint64_t CachePolicy(DecodeRows rows) {
+  uint64_t policy;
+  if (rows == DecodeRows::kSingleTokens) {
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  }
+  return policy;
 }
 
 // Over the lanes that differ in g.
@@ -51,7 +67,11 @@ class RunStream {
  public:
   __device__ __forceinline__ RunStream(const DecodeAttentionParams& p, int num_groups,
                                        SharedMemory<kHeadDim>& shared)
-      : p_(p), shared_(shared), units_(p, num_groups, shared), lane_(threadIdx.x % 32) {
+      : p_(p),
+        shared_(shared),
+        units_(p, num_groups, shared),
+        lane_(threadIdx.x % 32),
+        policy_(CachePolicy(p.rows)) {
     LookUp(units_.begin());
     TakeUnit();
   }
@@ -75,7 +95,7 @@ class RunStream {
       for (int i = 0; i < kBlock * R::kRowChunks / 32; ++i) {
         const int token = i * (32 / R::kRowChunks) + lane_ / R::kRowChunks;
         CopyAsync(to + R::Offset(token, lane_ % R::kRowChunks),
-                  from + (i * 32 + lane_) * (16 / sizeof(T)));
+                  from + (i * 32 + lane_) * (16 / sizeof(T)), policy_);
       }
       Advance();
     }
@@ -126,6 +146,7 @@ class RunStream {
   const SharedMemory<kHeadDim>& shared_;
   const Units<kHeadDim> units_;
   const int lane_;
+  const uint64_t policy_;
   int index_ = 0;  // of the unit
   Unit unit_;
   int block_ = 0;  // of the warp's blocks of the unit
