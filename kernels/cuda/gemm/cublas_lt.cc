@@ -159,17 +159,20 @@ std::unique_ptr<CublasLt::Plan> CublasLt::MakePlan(const PlainProduct& product) 
   f.preference_destroy(preference);
   Check(status);
   GLOAM_CHECK(num_results >= 1);
-  plan->algo = BestOf(std::span(results.data(), num_results), product.m);
+  plan->algo = BestOf(std::span(results.data(), num_results), product);
   return plan;
 }
 
-// cuBLASLt's first choice, unless it splits the sums over k, which costs a pass over partial sums,
-// where another fills the GPU in one go. That one's tiles have 64 rows of x, and where they do not
-// divide m the split is faster. Down of Llama-3.1-8B on an H100, us, first choice and the other
-// (2026-11-26): 48.2 and 44.8 for 64 rows, 54.0 and 46.8 for 128; but 51.7 and 60.3 for 96, 56.3
-// and 63.6 for 160, 63.5 and 68.2 for 224.
+// cuBLASLt's first choice, but for two cases. Down of Llama-3.1-8B on an H100 (2026-11-26), us, the
+// first choice and the other:
+// It splits the sums over k, which costs a pass over partial sums, where another fills the GPU in
+// one go. That one's tiles have 64 rows of x, and where they do not divide m the split is faster.
+// 48.2 and 44.8 for 64 rows, 54.0 and 46.8 for 128; but 51.7 and 60.3 for 96, 56.3 and 63.6 for
+// 160, 63.5 and 68.2 for 224.
+// Sums are long, and another takes larger tiles, which read less from L2, on fewer SMs: 59.4 and
+// 56.9 for 256 rows, 85.0 and 69.7 for 384; but 81.3 and 86.8 for 512.
 cublasLtMatmulAlgo_t CublasLt::BestOf(std::span<const cublasLtMatmulHeuristicResult_t> results,
-                                      int64_t m) const {
+                                      const PlainProduct& product) const {
   const auto num_splits = [&](const cublasLtMatmulAlgo_t& algo) {
     int32_t splits = 1;
     size_t size = 0;
@@ -177,16 +180,19 @@ cublasLtMatmulAlgo_t CublasLt::BestOf(std::span<const cublasLtMatmulHeuristicRes
                                  &size));
     return splits;
   };
-  constexpr float kAlmostFull = 0.9f;
-  constexpr int kTileRows = 64;
-  if (m % kTileRows == 0 && num_splits(results[0].algo) > 1) {
+  // Of those that take one go, on so much of the GPU at least, without a split.
+  const auto fewest_waves = [&](float least) {
+    const cublasLtMatmulHeuristicResult_t* best = nullptr;
     for (const cublasLtMatmulHeuristicResult_t& result : results) {
-      if (result.wavesCount >= kAlmostFull && result.wavesCount <= 1 &&
-          num_splits(result.algo) <= 1) {
-        return result.algo;
-      }
+      if (result.wavesCount < least || result.wavesCount > 1 || num_splits(result.algo) > 1)
+        continue;
+      if (best == nullptr || result.wavesCount < best->wavesCount) best = &result;
     }
-  }
+    return best != nullptr ? best->algo : results[0].algo;
+  };
+  const int64_t m = product.m;
+  if (m % 64 == 0 && num_splits(results[0].algo) > 1) return fewest_waves(0.9f);
+  if (m % 128 == 0 && m > 128 && m <= 384 && product.k >= 2 * product.n) return fewest_waves(0.75f);
   return results[0].algo;
 }
 

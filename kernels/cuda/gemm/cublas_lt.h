@@ -39,7 +39,7 @@ class CublasLt {
   std::unique_ptr<Plan> MakePlan(const PlainProduct& product);
   // `results` are ordered by expected time, the shortest first.
   cublasLtMatmulAlgo_t BestOf(std::span<const cublasLtMatmulHeuristicResult_t> results,
-                              int64_t m) const;
+                              const PlainProduct& product) const;
 
   std::unique_ptr<Functions> functions_;
   cublasLtHandle_t handle_ = nullptr;
