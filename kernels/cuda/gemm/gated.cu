@@ -125,17 +125,23 @@ __device__ __forceinline__ void MultiplyTiles(const KernelParams& p, Shared& sha
   const auto w =
       slice.partition_fragment_B(cute::make_tensor(cute::make_smem_ptr(shared.w[0]), LayoutW{}));
   auto sums = cute::partition_fragment_C(mma, cute::Shape<_128, _256>{});
-  const auto release = [&](int stage) {
+  RingPosition<kStages> at;
+  const auto next = [&] {
+    const int stage = at.stage;
+    shared.full[stage].wait(at.phase);
+    at.Advance();
+    return StagePair{stage, stage};
+  };
+  const auto release = [&](StagePair stages) {
     // A thread of each warp group tells each block of the cluster.
     if (thread % kGroupThreads < kClusterBlocks) {
-      shared.empty[stage].arrive(thread % kGroupThreads);
+      shared.empty[stages.a].arrive(thread % kGroupThreads);
     }
   };
 
   const int num_tiles = p.tiles_high * p.tiles_wide;
-  RingPosition<kStages> at;
   for (int i = blockIdx.x / kClusterBlocks; i < num_tiles; i += gridDim.x / kClusterBlocks) {
-    MultiplyStages(mma, x, w, shared.full, p.k / kTileChannels, at, sums, release);
+    MultiplyStages(mma, x, w, p.k / kTileChannels, sums, next, release);
     Store(p, TileOf(p, i, rank), thread, sums);
   }
 }

@@ -1,25 +1,29 @@
 // y = x W^T with bf16 weights, for any number of rows of x with one order of summation: an element
 // is the sum of one or two parts of the columns (PartsOf), in ascending order, and a part is a
-// single chain of wgmma's sums, 16 columns at a time, which does not know how many rows of x (the
-// instruction's columns) there are. Few rows of x are bound by the time to read W, many by the
-// tensor cores; a chain's link takes 90 cycles at least, so that W with few rows would be bound by
-// that were it one chain.
+// single chain of wgmma's sums, 16 columns at a time, which knows neither how many rows of x there
+// are nor whose rows are the instruction's. Few rows of x are bound by the time to read W, many by
+// the tensor cores; a chain's link takes 90 cycles at least, so that W with few rows would be bound
+// by that were it one chain.
 //
 // The data's way. A thread block computes tiles of some rows of W by 8 to 256 rows of x. One thread
-// brings 64 channels at a time of both through a ring in shared memory, of x no more rows than
-// there are; one or two warp groups multiply out of it. W's rows are wgmma's, of which a group has
-// 64; a tile has as few of them as let every SM have its part of W: what it lacks costs nothing but
-// products that nobody stores. W never changes: the ring is filled with it before earlier kernels
-// are done.
+// brings 64 channels at a time of both through rings in shared memory, of x no more rows than there
+// are; a few warp groups multiply out of them. W never changes: its ring is filled before earlier
+// kernels are done. A tile has as few rows of W as let every SM have its part of it; what it lacks
+// of the instruction's shape costs nothing but products that nobody stores.
 //   kPlain, kGated  One part. Of a gated product, 8 rows of the gate and the same 8 of the up take
 //                   turns in a tile: wgmma leaves both of an element in the same thread.
 //   kSplit          Up to 256 rows of x: each part has a block of a cluster. They add their sums up
 //                   out of each other's shared memory.
 //   kParts          More rows of x: a block computes the parts one after the other.
+// wgmma's rows, of which a warp group has 64 or 128, are W's, and x's are its columns. With more
+// than 128 rows of x a tile of one part is the other way round, because then the tensor cores bound
+// the time too: columns come in multiples of 8, so that fewer are in vain. 256 rows by gate and up
+// of Llama-3.1-8B take 89 us so, before 96 (gated_gemm_bench, H100, 2026-11-26).
 // Where x has many rows, two blocks of a cluster have neighbouring tiles of W and share what they
 // read of x, and bands of tiles stay in L2 while W streams by.
 //
 // Bytes: those of W, for up to 256 rows of x; from L2, x for every tile. FLOPs: 2 m n k.
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // all multiples of 8 columns
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cute/tensor.hpp>
@@ -41,10 +45,10 @@ using cute::_64, cute::Int;
 using Element = cute::bfloat16_t;
 namespace GMMA = cute::SM90::GMMA;
 
-constexpr int kGroupRows = 64;                      // of W, a warp group
-constexpr int kMaxGroups = 2;                       // of warps that multiply
-constexpr int kTileRows = kMaxGroups * kGroupRows;  // at most
-constexpr int kTileChannels = 64;                   // 128 bytes, the width of a swizzled row
+constexpr int kGroupRows = 64;  // of W, a warp group, where its rows are wgmma's
+constexpr int kMaxGroups = 2;   // of warps that multiply, likewise
+constexpr int kMaxTileRows = kMaxGroups * kGroupRows;
+constexpr int kTileChannels = 64;  // 128 bytes, the width of a swizzled row
 constexpr int kGroupThreads = 128;
 constexpr int kRingBytes = 224 << 10;
 // Tiles of x's rows that are computed at about the same time.
@@ -63,46 +67,61 @@ enum class Kind : uint8_t {
   kParts,  // a block computes all parts
 };
 
-// kTokens: rows of x, as many as a tile has columns.
-template <int kTokens, Kind kKind>
+// kTileTokens: rows of x of a tile; kMostRows: of W.
+template <int kTileTokens, Kind kTileKind, int kMostRows = kMaxTileRows>
 struct Config {
+  static constexpr int kTokens = kTileTokens;
+  static constexpr Kind kKind = kTileKind;
+  static constexpr int kTileRows = kMostRows;
+  static constexpr bool kIsGated = kKind == Kind::kGated;
+  // wgmma's rows are x's.
+  static constexpr bool kXFirst = kTokens > 128 && (kIsGated || kKind == Kind::kPlain);
   static constexpr int kShare =
       kKind != Kind::kSplit && kTokens >= 128 ? 2 : 1;  // blocks with one x
-  static constexpr int kStageBytes = (kTileRows + kTokens) * kTileChannels * 2;
-  static constexpr int kStages = kRingBytes / kStageBytes;
+
+  // x comes from L2, W from memory: the room that is left over is W's.
+  static constexpr int kRingRows = kRingBytes / (kTileChannels * 2);  // of both
+  static constexpr int kXStages = kRingRows / (kTileRows + kTokens);
+  static constexpr int kWStages = (kRingRows - kXStages * kTokens) / kTileRows;
+  static constexpr bool kInStep = kXStages == kWStages;  // a barrier serves both
+
+  // What a warp group multiplies: its rows by all of the other's.
+  static constexpr int kOwnRows = !kXFirst ? kGroupRows : kTokens % 128 == 0 ? 128 : 64;
+  static constexpr int kColumns = kXFirst ? kTileRows : kTokens;
+  static constexpr int kMostGroups = kXFirst ? kTokens / kOwnRows : kMaxGroups;
   // Sums and totals need more registers than an even share: the loading threads, a warp group then,
   // give theirs.
   static constexpr bool kMovesRegisters = kKind == Kind::kParts;
   static constexpr int kLoadThreads = kMovesRegisters ? kGroupThreads : kWarpThreads;
-  static constexpr int kMaxThreads = kMaxGroups * kGroupThreads + kLoadThreads;
+  static constexpr int kMaxThreads = kMostGroups * kGroupThreads + kLoadThreads;
 
-  // A stage of what a warp group multiplies.
-  template <int kRows, int kStride>
+  template <int kRows, int kStride, int kStages>
   using Layout = decltype(cute::append<3>(
       cute::tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, cute::Shape<Int<kRows>, _64>{}),
       cute::Layout<Int<kStages>, Int<kStride * kTileChannels>>{}));
-  using LayoutW = Layout<kGroupRows, kTileRows>;
-  using LayoutX = Layout<kTokens, kTokens>;
+  using LayoutA = Layout<kOwnRows, kXFirst ? kTokens : kTileRows, kXFirst ? kXStages : kWStages>;
+  using LayoutB = Layout<kColumns, kColumns, kXFirst ? kWStages : kXStages>;
   using Mma = decltype(cute::make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, cute::Shape<_64, Int<kTokens>, _64>>()));
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<_64, Int<kColumns>, _64>>()));
 };
 
-constexpr int kSumStride = kTileRows + 4;  // keeps a warp's writes off each other
-
-template <int kTokens, Kind kKind>
+template <typename Shape>
 struct alignas(1024) Shared {
-  static constexpr int kStages = Config<kTokens, kKind>::kStages;
+  static constexpr int kTileRows = Shape::kTileRows;
+  static constexpr int kTokens = Shape::kTokens;
+  static constexpr int kSumStride = kTileRows + 4;  // keeps a warp's writes off each other
 
   struct Ring {
-    Element w[kStages][kTileRows * kTileChannels];
-    Element x[kStages][kTokens * kTileChannels];
+    Element w[Shape::kWStages][kTileRows * kTileChannels];
+    Element x[Shape::kXStages][kTokens * kTileChannels];
   };
   union {
     Ring ring;
     float sums[kTokens][kSumStride];  // of a part, when the ring has been read
   };
-  cutlass::arch::ClusterTransactionBarrier full[kStages];
-  cutlass::arch::ClusterBarrier empty[kStages];
+  cutlass::arch::ClusterTransactionBarrier full_w[Shape::kWStages];  // in step: of x too
+  cutlass::arch::ClusterTransactionBarrier full_x[Shape::kXStages];
+  cutlass::arch::ClusterBarrier empty[Shape::kXStages];  // of x, and of the W with it
 
   static_assert(sizeof(sums) <= sizeof(ring));
 };
@@ -114,15 +133,16 @@ struct KernelParams {
   void* y;
   int64_t y_stride;
   int m, n;         // of y
-  int group_rows;   // of W that a warp group multiplies, at most 64
   int num_groups;   // warp groups that multiply
+  int tile_rows;    // of W
+  int group_rows;   // of them that a warp group multiplies, at most 64, where they are wgmma's
   int x_rows;       // of x that a block loads; those of a tile beyond are left as they are
   int num_steps;    // of 64 channels
   int num_parts;    // of them
   int row_units;    // tiles of W's rows, or a cluster's
   int token_tiles;  // of x's rows
   bool y_is_bf16;
-  bool y_has_pairs;  // of columns, aligned to the size of two bf16
+  bool y_has_pairs;  // of columns, aligned to the size of two
   bool y_has_quads;  // likewise of fp32
   bool accumulate;
 };
@@ -133,14 +153,14 @@ struct Tile {
 };
 
 // A thread block's tiles, one after the other.
-template <int kTokens, Kind kKind>
+template <typename Shape>
 class Tiles {
  public:
-  static constexpr int kShare = Config<kTokens, kKind>::kShare;
+  static constexpr int kShare = Shape::kShare;
 
   __device__ __forceinline__ explicit Tiles(const KernelParams& p)
       : p_(p),
-        cluster_blocks_(kKind == Kind::kSplit ? p.num_parts : kShare),
+        cluster_blocks_(Shape::kKind == Kind::kSplit ? p.num_parts : kShare),
         unit_(static_cast<int>(blockIdx.x) / cluster_blocks_) {}
 
   __device__ __forceinline__ bool done() const { return unit_ >= p_.row_units * p_.token_tiles; }
@@ -153,8 +173,7 @@ class Tiles {
     const int high = min(kBandTiles, p_.token_tiles - band * kBandTiles);
     const int in_band = unit_ - band * kBandTiles * p_.row_units;
     const int row_tile = in_band / high * kShare + static_cast<int>(blockIdx.x) % kShare;
-    return {row_tile * p_.num_groups * p_.group_rows,
-            (band * kBandTiles + in_band % high) * kTokens};
+    return {row_tile * p_.tile_rows, (band * kBandTiles + in_band % high) * Shape::kTokens};
   }
 
  private:
@@ -169,54 +188,47 @@ __device__ __forceinline__ int FirstStep(const KernelParams& p, int part) {
 }
 
 // One thread: asks for all that the thread block's tiles need.
-template <int kTokens, Kind kKind>
+template <typename Shape>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const KernelParams& p, Shared<kTokens, kKind>& shared)
+  __device__ __forceinline__ Loader(const KernelParams& p, Shared<Shape>& shared)
       : p_(p), shared_(shared) {}
 
   __device__ __forceinline__ void Run() {
-    const uint32_t stage_bytes =
-        (p_.num_groups * p_.group_rows + kShare * p_.x_rows) * kTileChannels * sizeof(Element);
-    Cursor at(p_);
-    int num_early = 0;
-    for (; num_early < kStages && !at.tiles.done(); ++num_early) {
-      shared_.full[num_early].arrive_and_expect_tx(stage_bytes);
-      LoadW(at, num_early);
-      at.Advance();
-    }
+    Cursor<Shape::kWStages> w(p_);
+    Cursor<Shape::kXStages> x(p_);
+    for (int i = 0; i < Shape::kWStages && !w.tiles.done(); ++i) LoadW(w);
     WaitForEarlierKernels();
-    Cursor early(p_);
-    for (int i = 0; i < num_early; ++i) {
-      LoadX(early, i);
-      early.Advance();
-    }
-    RingPosition<kStages> position;
-    position.phase = 1;
-    for (; !at.tiles.done(); at.Advance()) {
-      // Nor do the other blocks read what x will replace in all.
-      shared_.empty[position.stage].wait(position.phase ^ 1);
-      shared_.full[position.stage].arrive_and_expect_tx(stage_bytes);
-      LoadW(at, position.stage);
-      LoadX(at, position.stage);
-      position.Advance();
+    for (int step = 0; !x.tiles.done(); ++step) {
+      if (step >= Shape::kXStages) {
+        // The step whose stages come next has been read; in the other blocks too, as x goes to all.
+        shared_.empty[x.at.stage].wait(x.at.phase ^ 1);
+        if (!w.tiles.done()) LoadW(w);
+      }
+      LoadX(x);
     }
   }
 
  private:
-  static constexpr int kStages = Config<kTokens, kKind>::kStages;
-  static constexpr int kShare = Config<kTokens, kKind>::kShare;
+  static constexpr int kShare = Shape::kShare;
 
+  static __device__ __forceinline__ uint32_t RowBytes(int rows) {
+    return rows * kTileChannels * sizeof(Element);
+  }
+
+  // Goes through the steps of all tiles, and round a ring.
+  template <int kStages>
   struct Cursor {
-    Tiles<kTokens, kKind> tiles;
+    Tiles<Shape> tiles;
     Tile tile;
+    RingPosition<kStages> at;
     int begin = 0;
     int end;
     int step;
 
     __device__ __forceinline__ explicit Cursor(const KernelParams& p)
         : tiles(p), tile(tiles.Get()), end(p.num_steps) {
-      if constexpr (kKind == Kind::kSplit) {
+      if constexpr (Shape::kKind == Kind::kSplit) {
         const int part = static_cast<int>(blockIdx.x) % p.num_parts;
         begin = FirstStep(p, part);
         end = FirstStep(p, part + 1);
@@ -224,6 +236,7 @@ class Loader {
       step = begin;
     }
     __device__ __forceinline__ void Advance() {
+      at.Advance();
       if (++step < end) return;
       step = begin;
       tiles.Advance();
@@ -231,46 +244,53 @@ class Loader {
     }
   };
 
-  __device__ __forceinline__ uint64_t* Full(int stage) const {
-    return reinterpret_cast<uint64_t*>(&shared_.full[stage]);
-  }
-
-  __device__ __forceinline__ void LoadW(const Cursor& at, int stage) const {
+  __device__ __forceinline__ void LoadW(Cursor<Shape::kWStages>& w) const {
     // W is read once, but for the bands of many rows of x.
     const auto hint =
         static_cast<uint64_t>(p_.token_tiles == 1 ? cute::TMA::CacheHintSm90::EVICT_FIRST
                                                   : cute::TMA::CacheHintSm90::EVICT_NORMAL);
-    const int channel = at.step * kTileChannels;
-    Element* to = shared_.ring.w[stage];
-    if constexpr (kKind == Kind::kGated) {
-      cute::SM90_TMA_LOAD_4D::copy(&p_.w, Full(stage), hint, to, channel, 0, 0, at.tile.row / 16);
+    const int channel = w.step * kTileChannels;
+    Element* to = shared_.ring.w[w.at.stage];
+    auto* barrier = reinterpret_cast<uint64_t*>(&shared_.full_w[w.at.stage]);
+    shared_.full_w[w.at.stage].arrive_and_expect_tx(
+        RowBytes(p_.tile_rows + (Shape::kInStep ? kShare * p_.x_rows : 0)));
+    if constexpr (Shape::kIsGated) {
+      cute::SM90_TMA_LOAD_4D::copy(&p_.w, barrier, hint, to, channel, 0, 0, w.tile.row / 16);
     } else {
-      cute::SM90_TMA_LOAD_2D::copy(&p_.w, Full(stage), hint, to, channel, at.tile.row);
+      cute::SM90_TMA_LOAD_2D::copy(&p_.w, barrier, hint, to, channel, w.tile.row);
     }
+    w.Advance();
   }
 
-  __device__ __forceinline__ void LoadX(const Cursor& at, int stage) const {
+  __device__ __forceinline__ void LoadX(Cursor<Shape::kXStages>& x) const {
     constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
-    const int channel = at.step * kTileChannels;
-    Element* to = shared_.ring.x[stage];
+    const int channel = x.step * kTileChannels;
+    Element* to = shared_.ring.x[x.at.stage];
+    auto& full = Shape::kInStep ? shared_.full_w[x.at.stage] : shared_.full_x[x.at.stage];
+    auto* barrier = reinterpret_cast<uint64_t*>(&full);
+    if constexpr (!Shape::kInStep) full.arrive_and_expect_tx(RowBytes(kShare * p_.x_rows));
     if constexpr (kShare == 1) {
-      cute::SM90_TMA_LOAD_2D::copy(&p_.x, Full(stage), kHint, to, channel, at.tile.token);
+      cute::SM90_TMA_LOAD_2D::copy(&p_.x, barrier, kHint, to, channel, x.tile.token);
     } else {
       constexpr uint16_t kAll = (1 << kShare) - 1;
       const int first = static_cast<int>(blockIdx.x) % kShare * p_.x_rows;
-      cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&p_.x, Full(stage), kAll, kHint,
-                                             to + first * kTileChannels, channel,
-                                             at.tile.token + first);
+      cute::SM90_TMA_LOAD_MULTICAST_2D::copy(
+          &p_.x, barrier, kAll, kHint, to + first * kTileChannels, channel, x.tile.token + first);
     }
+    x.Advance();
   }
 
   const KernelParams& p_;
-  Shared<kTokens, kKind>& shared_;
+  Shared<Shape>& shared_;
 };
 
 // y += x without waiting for what y was; this thread alone writes there.
 __device__ __forceinline__ void AddTo(float* y, float x) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(y), "f"(x) : "memory");
+}
+__device__ __forceinline__ void AddTo(float2* y, const float2& x) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(y), "f"(x.x), "f"(x.y)
+               : "memory");
 }
 __device__ __forceinline__ void AddTo(float4* y, const float4& x) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(y), "f"(x.x),
@@ -280,12 +300,13 @@ __device__ __forceinline__ void AddTo(float4* y, const float4& x) {
 
 // What the threads that multiply do; `thread` counts a warp group's. Sums lie as wgmma leaves them:
 // of lane = 4 g + t, rows g and g + 8 of its warp's 16, columns 2t and 2t + 1 of every 8: element
-// 4 i + 2 half + j is row g + 8 half and column 8 i + 2t + j.
-template <int kTokens, Kind kKind>
+// 4 i + 2 half + j is row g + 8 half and column 8 i + 2t + j; after all columns of 64 rows come the
+// next 64.
+template <typename Shape>
 class Multiplier {
  public:
-  __device__ __forceinline__ Multiplier(const KernelParams& p, Shared<kTokens, kKind>& shared,
-                                        int group, int thread)
+  __device__ __forceinline__ Multiplier(const KernelParams& p, Shared<Shape>& shared, int group,
+                                        int thread)
       : p_(p),
         shared_(shared),
         group_(group),
@@ -297,32 +318,50 @@ class Multiplier {
   __device__ __forceinline__ void Run() {
     typename Shape::Mma mma;
     const auto slice = mma.get_slice(thread_);
-    const Element* own_w = shared_.ring.w[0] + group_ * p_.group_rows * kTileChannels;
-    const auto w = slice.partition_fragment_A(
-        cute::make_tensor(cute::make_smem_ptr(own_w), typename Shape::LayoutW{}));
-    const auto x = slice.partition_fragment_B(
-        cute::make_tensor(cute::make_smem_ptr(shared_.ring.x[0]), typename Shape::LayoutX{}));
-    auto sums = cute::partition_fragment_C(mma, cute::Shape<_64, Int<kTokens>>{});
+    Element* const w = shared_.ring.w[0];
+    Element* const x = shared_.ring.x[0];
+    const Element* own = Shape::kXFirst ? x + group_ * Shape::kOwnRows * kTileChannels
+                                        : w + group_ * p_.group_rows * kTileChannels;
+    const auto a = slice.partition_fragment_A(
+        cute::make_tensor(cute::make_smem_ptr(own), typename Shape::LayoutA{}));
+    const auto b = slice.partition_fragment_B(
+        cute::make_tensor(cute::make_smem_ptr(Shape::kXFirst ? w : x), typename Shape::LayoutB{}));
+    auto sums =
+        cute::partition_fragment_C(mma, cute::Shape<Int<Shape::kOwnRows>, Int<Shape::kColumns>>{});
     WaitForEarlierKernels();  // they may have read y
-    RingPosition<Shape::kStages> at;
+    RingPosition<Shape::kWStages> at_w;
+    RingPosition<Shape::kXStages> at_x;
+    const auto next = [&] {
+      const int x_stage = at_x.stage;
+      const int w_stage = Shape::kInStep ? x_stage : at_w.stage;
+      if constexpr (Shape::kInStep) {
+        shared_.full_w[w_stage].wait(at_x.phase);
+      } else {
+        shared_.full_x[x_stage].wait(at_x.phase);
+        shared_.full_w[w_stage].wait(at_w.phase);
+        at_w.Advance();
+      }
+      at_x.Advance();
+      return Shape::kXFirst ? StagePair{x_stage, w_stage} : StagePair{w_stage, x_stage};
+    };
+    const auto release = [&](StagePair stages) { Release(Shape::kXFirst ? stages.a : stages.b); };
     const auto multiply_part = [&](int part) {
       const int num_steps = FirstStep(p_, part + 1) - FirstStep(p_, part);
-      MultiplyStages(mma, w, x, shared_.full, num_steps, at, sums,
-                     [&](int stage) { Release(stage); });
+      MultiplyStages(mma, a, b, num_steps, sums, next, release);
     };
-    if constexpr (kKind == Kind::kSplit) {
+    if constexpr (Shape::kKind == Kind::kSplit) {
       multiply_part(static_cast<int>(blockIdx.x) % p_.num_parts);
       KeepSums(sums);
     } else {
-      for (Tiles<kTokens, kKind> tiles(p_); !tiles.done(); tiles.Advance()) {
+      for (Tiles<Shape> tiles(p_); !tiles.done(); tiles.Advance()) {
         multiply_part(0);
-        if constexpr (kKind == Kind::kParts) {
+        if constexpr (Shape::kKind == Kind::kParts) {
           auto total = cute::make_fragment_like(sums);
           cute::copy(sums, total);
           for (int part = 1; part < p_.num_parts; ++part) {
             multiply_part(part);
 #pragma unroll
-            for (int i = 0; i < kTokens / 2; ++i) total(i) += sums(i);
+            for (int i = 0; i < Shape::kTokens / 2; ++i) total(i) += sums(i);
           }
           Store(tiles.Get(), total);
         } else {
@@ -335,7 +374,7 @@ class Multiplier {
   // Of kSplit, after a barrier of the cluster: adds up the parts of what is this block's share and
   // writes y.
   __device__ __forceinline__ void WriteSummed() const {
-    const Tile tile = Tiles<kTokens, kKind>(p_).Get();
+    const Tile tile = Tiles<Shape>(p_).Get();
     const int quads = p_.num_groups * p_.group_rows / 4;  // of rows of W
     const int part = static_cast<int>(blockIdx.x) % p_.num_parts;
     const int num_threads = p_.num_groups * kGroupThreads;
@@ -349,8 +388,6 @@ class Multiplier {
   }
 
  private:
-  using Shape = Config<kTokens, kKind>;
-
   // A thread of each warp group tells each block that writes there.
   __device__ __forceinline__ void Release(int stage) const {
     if constexpr (Shape::kShare == 1) {
@@ -369,10 +406,10 @@ class Multiplier {
       const int row = warp_row_ + 8 * half;
       if (row >= p_.group_rows) break;
 #pragma unroll
-      for (int i = 0; i < kTokens / 8; ++i) {
+      for (int i = 0; i < Shape::kTokens / 8; ++i) {
         float* to = &shared_.sums[8 * i + 2 * t_][group_ * p_.group_rows + row + g_];
         to[0] = sums(4 * i + 2 * half);
-        to[kSumStride] = sums(4 * i + 2 * half + 1);
+        to[Shared<Shape>::kSumStride] = sums(4 * i + 2 * half + 1);
       }
     }
   }
@@ -406,10 +443,23 @@ class Multiplier {
     }
   }
 
+  __device__ __forceinline__ void PutBf16(__nv_bfloat16* y, float x) const {
+    *y = __float2bfloat16(p_.accumulate ? __bfloat162float(*y) + x : x);
+  }
+
   template <typename Sums>
   __device__ __forceinline__ void Store(const Tile& tile, Sums& sums) const {
     const int first = tile.row + group_ * p_.group_rows + warp_row_;
-    if constexpr (kKind == Kind::kGated) {
+    if constexpr (Shape::kXFirst) {
+#pragma unroll
+      for (int part = 0; part < Shape::kOwnRows / 64; ++part) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = group_ * Shape::kOwnRows + 64 * part + warp_row_ + 8 * half + g_;
+          StoreToken(tile, tile.token + row, Shape::kColumns / 2 * part + 2 * half, sums);
+        }
+      }
+    } else if constexpr (Shape::kIsGated) {
       if (warp_row_ >= p_.group_rows) return;
       StorePairs(first / 2, tile.token,
                  [&](int i, int j) { return SiluTimes(sums(4 * i + j), sums(4 * i + 2 + j)); });
@@ -423,6 +473,55 @@ class Multiplier {
     }
   }
 
+  // Where x's rows are wgmma's: one of them. Its sums begin at `first`.
+  template <typename Sums>
+  __device__ __forceinline__ void StoreToken(const Tile& tile, int token, int first,
+                                             const Sums& sums) const {
+    if (token >= p_.m) return;
+    if constexpr (Shape::kIsGated) {
+      const int row = tile.row / 2 + 2 * t_;
+      auto* y = static_cast<__nv_bfloat16*>(p_.y) + token * p_.y_stride + row;
+#pragma unroll
+      for (int i = 0; i < Shape::kColumns / 16; ++i) {
+        const int gate = first + 8 * i, up = gate + 4;
+        if (16 * i >= p_.tile_rows || row + 8 * i >= p_.n) return;
+        *reinterpret_cast<uint32_t*>(y + 8 * i) =
+            PackBf16(SiluTimes(sums(gate), sums(up)), SiluTimes(sums(gate + 1), sums(up + 1)));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < Shape::kColumns / 8; ++i) {
+        const int row = tile.row + 8 * i + 2 * t_;
+        if (8 * i >= p_.tile_rows || row >= p_.n) return;
+        StorePair(token, row, {sums(first + 4 * i), sums(first + 4 * i + 1)});
+      }
+    }
+  }
+
+  // Elements `row` and, if there is one, `row` + 1 of a row of y.
+  __device__ __forceinline__ void StorePair(int token, int row, float2 sum) const {
+    const bool is_last = row + 1 == p_.n;
+    if (p_.bias != nullptr) {
+      sum.x += p_.bias[row];
+      if (!is_last) sum.y += p_.bias[row + 1];
+    }
+    const int64_t at = token * p_.y_stride + row;
+    if (!p_.y_is_bf16) {
+      float* y = static_cast<float*>(p_.y) + at;
+      if (p_.y_has_pairs) return Put(reinterpret_cast<float2*>(y), sum);
+      Put(y, sum.x);
+      if (!is_last) Put(y + 1, sum.y);
+      return;
+    }
+    auto* y = static_cast<__nv_bfloat16*>(p_.y) + at;
+    if (p_.y_has_pairs && !p_.accumulate) {
+      *reinterpret_cast<uint32_t*>(y) = PackBf16(sum.x, sum.y);
+      return;
+    }
+    PutBf16(y, sum.x);
+    if (!is_last) PutBf16(y + 1, sum.y);
+  }
+
   // Rows `first_row` to `first_row` + 8 of W.
   template <typename Sums>
   __device__ __forceinline__ void StoreRows(int first_row, int first_token, int half,
@@ -431,7 +530,7 @@ class Multiplier {
     if (p_.bias != nullptr) {
       const float bias = row < p_.n ? p_.bias[row] : 0.0f;
 #pragma unroll
-      for (int i = 0; i < kTokens / 8; ++i) {
+      for (int i = 0; i < Shape::kTokens / 8; ++i) {
         sums(4 * i + 2 * half) += bias;
         sums(4 * i + 2 * half + 1) += bias;
       }
@@ -440,9 +539,8 @@ class Multiplier {
     if (!p_.y_is_bf16) {
       StoreElements<float>(row, first_token, value, [&](float* y, float x) { Put(y, x); });
     } else if (p_.accumulate || !p_.y_has_pairs) {
-      StoreElements<__nv_bfloat16>(row, first_token, value, [&](__nv_bfloat16* y, float x) {
-        *y = __float2bfloat16(p_.accumulate ? __bfloat162float(*y) + x : x);
-      });
+      StoreElements<__nv_bfloat16>(row, first_token, value,
+                                   [&](__nv_bfloat16* y, float x) { PutBf16(y, x); });
     } else {
       StorePairs(first_row, first_token, value);
     }
@@ -456,7 +554,7 @@ class Multiplier {
     const int own_token = first_token + 2 * t_;
     T* y = static_cast<T*>(p_.y) + own_token * p_.y_stride + row;
 #pragma unroll
-    for (int i = 0; i < kTokens / 8; ++i) {
+    for (int i = 0; i < Shape::kTokens / 8; ++i) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int offset = 8 * i + j;
@@ -473,7 +571,7 @@ class Multiplier {
     const int own_token = first_token + g_;
     auto* y = static_cast<__nv_bfloat16*>(p_.y) + own_token * p_.y_stride + row;
 #pragma unroll
-    for (int i = 0; i < kTokens / 8; ++i) {
+    for (int i = 0; i < Shape::kTokens / 8; ++i) {
       const uint32_t pair = Transpose8x8(PackBf16(value(i, 0), value(i, 1)));
       if (row < p_.n && own_token + 8 * i < p_.m) {
         *reinterpret_cast<uint32_t*>(y + 8 * i * p_.y_stride) = pair;
@@ -482,22 +580,22 @@ class Multiplier {
   }
 
   const KernelParams& p_;
-  Shared<kTokens, kKind>& shared_;
+  Shared<Shape>& shared_;
   const int group_;
   const int thread_;
   const int warp_row_;  // of the group's
   const int g_, t_;
 };
 
-template <int kTokens, Kind kKind>
-__global__ void __launch_bounds__(Config<kTokens, kKind>::kMaxThreads, 1)
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kMaxThreads, 1)
     OrderedGemmKernel(const __grid_constant__ KernelParams p) {
-  using Shape = Config<kTokens, kKind>;
   extern __shared__ __align__(1024) unsigned char memory[];
-  auto& shared = *reinterpret_cast<Shared<kTokens, kKind>*>(memory);
+  auto& shared = *reinterpret_cast<Shared<Shape>*>(memory);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Shape::kStages; ++i) {
-      shared.full[i].init(1);
+    for (int i = 0; i < Shape::kWStages; ++i) shared.full_w[i].init(1);
+    for (int i = 0; i < Shape::kXStages; ++i) {
+      if constexpr (!Shape::kInStep) shared.full_x[i].init(1);
       shared.empty[i].init(p.num_groups * Shape::kShare);
     }
     cutlass::arch::fence_barrier_init();
@@ -505,17 +603,16 @@ __global__ void __launch_bounds__(Config<kTokens, kKind>::kMaxThreads, 1)
   AllowNextKernel();
   cute::cluster_sync();
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
-  Multiplier<kTokens, kKind> multiplier(p, shared, group,
-                                        static_cast<int>(threadIdx.x) % kGroupThreads);
+  Multiplier<Shape> multiplier(p, shared, group, static_cast<int>(threadIdx.x) % kGroupThreads);
   if (group < p.num_groups) {
     if constexpr (Shape::kMovesRegisters) cutlass::arch::warpgroup_reg_alloc<232>();
     multiplier.Run();
   } else {
     if constexpr (Shape::kMovesRegisters) cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (threadIdx.x % kGroupThreads == 0) Loader<kTokens, kKind>(p, shared).Run();
+    if (threadIdx.x % kGroupThreads == 0) Loader<Shape>(p, shared).Run();
     __syncwarp();
   }
-  if constexpr (kKind == Kind::kSplit) {
+  if constexpr (Shape::kKind == Kind::kSplit) {
     cute::cluster_sync();
     if (group < p.num_groups) multiplier.WriteSummed();
   }
@@ -531,18 +628,21 @@ int PartsOf(const PlainProduct& product) {
   return std::min(kMaxParts, CeilDiv(product.k, kTileChannels));
 }
 
-// How W's rows are cut into tiles: `num_groups` times `group_rows` each, a multiple of the unit.
+// How W's rows are cut into tiles.
 struct RowShape {
-  int group_rows;
   int num_groups;
+  int group_rows;  // where they are wgmma's
+  int tile_rows;
   int row_units;  // of `share` tiles
 };
 
-// The least work of the busiest block: in rows of W and x that it reads, or multiplies in the time
-// that reading as many takes; a round costs as much as a few.
+constexpr int kRoundRows = 8;  // a round of tiles costs as much as a few rows
+
+// Rows of W are wgmma's, `num_groups` times `group_rows` of a tile, a multiple of the unit. The
+// least work of the busiest block: in rows of W and x that it reads, or multiplies in the time that
+// reading as many takes.
 RowShape FindRowShape(int64_t num_rows, int unit_rows, int tokens, int token_tiles, int share,
                       int num_clusters) {
-  constexpr int kRoundRows = 8;
   RowShape best = {};
   int least = 0;
   for (int groups = 1; groups <= kMaxGroups; ++groups) {
@@ -553,8 +653,23 @@ RowShape FindRowShape(int64_t num_rows, int unit_rows, int tokens, int token_til
       const int cost = CeilDiv(int64_t{units} * token_tiles, num_clusters) * work;
       if (least == 0 || cost <= least) {
         least = cost;
-        best = {rows, groups, units};
+        best = {groups, rows, groups * rows, units};
       }
+    }
+  }
+  return best;
+}
+
+// Rows of W are wgmma's columns: those of a tile, with which the busiest block has the least.
+int FindTileRows(int64_t num_rows, int unit_rows, int most, int token_tiles, int share,
+                 int num_clusters) {
+  int best = 0, least = 0;
+  for (int rows = unit_rows; rows <= most; rows += unit_rows) {
+    const int64_t units = CeilDiv(num_rows, rows * share);
+    const int cost = CeilDiv(units * token_tiles, num_clusters) * (rows + kRoundRows);
+    if (least == 0 || cost <= least) {
+      least = cost;
+      best = rows;
     }
   }
   return best;
@@ -569,38 +684,52 @@ int XRows(int64_t m, int tokens, int share) {
 }
 
 bool HasPairs(const PlainProduct& product) {
+  const uintptr_t pair_bytes = product.y_is_bf16 ? 4 : 8;
   return product.n % 2 == 0 && product.y_stride % 2 == 0 &&
-         reinterpret_cast<uintptr_t>(product.y) % 4 == 0;
+         reinterpret_cast<uintptr_t>(product.y) % pair_bytes == 0;
 }
 
-template <int kTokens, Kind kKind>
+// Of W: of a gated product the gate's and the up's.
+template <typename Shape>
+RowShape FindShape(const PlainProduct& product, int token_tiles, int num_clusters) {
+  const int64_t num_rows = Shape::kIsGated ? 2 * product.n : product.n;
+  constexpr int kUnitRows = Shape::kIsGated ? 16 : 8;
+  if constexpr (Shape::kXFirst) {
+    const int rows = FindTileRows(num_rows, kUnitRows, Shape::kTileRows, token_tiles, Shape::kShare,
+                                  num_clusters);
+    return {Shape::kMostGroups, 0, rows, CeilDiv(num_rows, rows * Shape::kShare)};
+  } else {
+    return FindRowShape(num_rows, kUnitRows, Shape::kTokens, token_tiles, Shape::kShare,
+                        num_clusters);
+  }
+}
+
+template <typename Shape>
 void Launch(const PlainProduct& product, int num_sms, cudaStream_t stream) {
-  using Shape = Config<kTokens, kKind>;
-  constexpr auto kKernel = OrderedGemmKernel<kTokens, kKind>;
+  constexpr auto kKernel = OrderedGemmKernel<Shape>;
   constexpr int kMaxSharedBytes = 227 << 10;
-  constexpr bool kIsGated = kKind == Kind::kGated;
+  constexpr bool kIsGated = Shape::kIsGated;
   AllowSharedBytes<kKernel>(kMaxSharedBytes);
   // A block an SM.
   static const ClusterCounts max_clusters =
       MaxClusters(kKernel, Shape::kMaxThreads, kMaxSharedBytes);
   KernelParams p = {};
   p.num_parts = kIsGated ? 1 : PartsOf(product);
-  p.token_tiles = CeilDiv(product.m, kTokens);
-  const int cluster_blocks = kKind == Kind::kSplit ? p.num_parts : Shape::kShare;
+  p.token_tiles = CeilDiv(product.m, Shape::kTokens);
+  const int cluster_blocks = Shape::kKind == Kind::kSplit ? p.num_parts : Shape::kShare;
   const int num_clusters = cluster_blocks == 1 ? num_sms : max_clusters[cluster_blocks];
-  const RowShape rows = FindRowShape(kIsGated ? 2 * product.n : product.n, kIsGated ? 16 : 8,
-                                     kTokens, p.token_tiles, Shape::kShare, num_clusters);
-  p.group_rows = rows.group_rows;
+  const RowShape rows = FindShape<Shape>(product, p.token_tiles, num_clusters);
   p.num_groups = rows.num_groups;
+  p.tile_rows = rows.tile_rows;
+  p.group_rows = rows.group_rows;
   p.row_units = rows.row_units;
-  p.x_rows = XRows(product.m, kTokens, Shape::kShare);
+  p.x_rows = XRows(product.m, Shape::kTokens, Shape::kShare);
   const int64_t n = product.n, k = product.k;
-  const int tile_rows = p.num_groups * p.group_rows;
   if constexpr (kIsGated) {
     p.w = MakeTensorMap<4>(product.w, {k, 8, 2, n / 8}, {k, n * k, 8 * k},
-                           {kTileChannels, 8, 2, tile_rows / 16});
+                           {kTileChannels, 8, 2, p.tile_rows / 16});
   } else {
-    p.w = MakeTensorMap<2>(product.w, {k, n}, {k}, {kTileChannels, tile_rows});
+    p.w = MakeTensorMap<2>(product.w, {k, n}, {k}, {kTileChannels, p.tile_rows});
   }
   p.x = MakeTensorMap<2>(product.x, {k, product.m}, {product.x_stride}, {kTileChannels, p.x_rows});
   p.bias = product.bias;
@@ -615,22 +744,44 @@ void Launch(const PlainProduct& product, int num_sms, cudaStream_t stream) {
   p.accumulate = product.accumulate;
   // A cluster whose blocks have a part each has one tile: the sums take the ring's place.
   const int num_units = p.row_units * p.token_tiles;
-  const int grid_clusters = kKind == Kind::kSplit ? num_units : std::min(num_units, num_clusters);
+  const int grid_clusters =
+      Shape::kKind == Kind::kSplit ? num_units : std::min(num_units, num_clusters);
   LaunchKernel(kKernel,
                {dim3(grid_clusters * cluster_blocks),
-                dim3(p.num_groups * kGroupThreads + Shape::kLoadThreads),
-                sizeof(Shared<kTokens, kKind>), cluster_blocks},
+                dim3(p.num_groups * kGroupThreads + Shape::kLoadThreads), sizeof(Shared<Shape>),
+                cluster_blocks},
                stream, p);
+}
+
+// More than 128 rows of x, which are wgmma's rows.
+template <int kTokens, Kind kKind>
+void LaunchXFirst(const PlainProduct& product, int num_sms, cudaStream_t stream) {
+  // About as many columns as a tile has rows of W: those in vain cost as much as the others.
+  constexpr bool kIsGated = kKind == Kind::kGated;
+  const int rows = FindTileRows(kIsGated ? 2 * product.n : product.n, kIsGated ? 16 : 8,
+                                kMaxTileRows, CeilDiv(product.m, kTokens), 2, num_sms / 2);
+  if constexpr (kIsGated) {
+    if (rows <= 96) return Launch<Config<kTokens, kKind, 96>>(product, num_sms, stream);
+    if (rows <= 112) return Launch<Config<kTokens, kKind, 112>>(product, num_sms, stream);
+  } else if (rows <= 64) {
+    return Launch<Config<kTokens, kKind, 64>>(product, num_sms, stream);
+  }
+  Launch<Config<kTokens, kKind>>(product, num_sms, stream);
 }
 
 template <Kind kKind>
 void LaunchForRows(const PlainProduct& product, int num_sms, cudaStream_t stream) {
-  const auto launch = product.m <= 8     ? Launch<8, kKind>
-                      : product.m <= 16  ? Launch<16, kKind>
-                      : product.m <= 32  ? Launch<32, kKind>
-                      : product.m <= 64  ? Launch<64, kKind>
-                      : product.m <= 128 ? Launch<128, kKind>
-                                         : Launch<256, kKind>;
+  if constexpr (kKind != Kind::kSplit) {
+    if (product.m > 192) return LaunchXFirst<256, kKind>(product, num_sms, stream);
+    if (product.m > 128) return LaunchXFirst<192, kKind>(product, num_sms, stream);
+  } else if (product.m > 128) {
+    return Launch<Config<256, kKind>>(product, num_sms, stream);
+  }
+  const auto launch = product.m <= 8    ? Launch<Config<8, kKind>>
+                      : product.m <= 16 ? Launch<Config<16, kKind>>
+                      : product.m <= 32 ? Launch<Config<32, kKind>>
+                      : product.m <= 64 ? Launch<Config<64, kKind>>
+                                        : Launch<Config<128, kKind>>;
   launch(product, num_sms, stream);
 }
 
@@ -645,7 +796,8 @@ void MultiplyOrdered(const PlainProduct& product, int num_sms, cudaStream_t stre
   GLOAM_CHECK(IsSound(product));
   if (PartsOf(product) == 1) return LaunchForRows<Kind::kPlain>(product, num_sms, stream);
   if (product.m <= 256) return LaunchForRows<Kind::kSplit>(product, num_sms, stream);
-  Launch<192, Kind::kParts>(product, num_sms, stream);  // sums and totals fill the registers
+  Launch<Config<192, Kind::kParts>>(product, num_sms,
+                                    stream);  // sums and totals fill the registers
 }
 
 void MultiplyOrderedGated(const PlainProduct& product, int num_sms, cudaStream_t stream) {

@@ -20,34 +20,37 @@ struct RingPosition {
   }
 };
 
-// sums = the products of `num_steps` stages of `a` and `b`, [..., 16 channels, stage], from `at`
-// on. A stage is awaited by its barrier of `full`; release(stage) once it has been read.
-template <int kStages, typename Mma, typename A, typename B, typename Sums, typename Release>
-__device__ __forceinline__ void MultiplyStages(Mma& mma, const A& a, const B& b,
-                                               cutlass::arch::ClusterTransactionBarrier* full,
-                                               int num_steps, RingPosition<kStages>& at, Sums& sums,
+// The stages of both factors of a step.
+struct StagePair {
+  int a, b;
+};
+
+// sums = the products of `num_steps` stages of `a` and `b`, [..., 16 channels, stage]. next() waits
+// for the stages of the next step and returns them; release(stages) once they have been read.
+template <typename Mma, typename A, typename B, typename Sums, typename Next, typename Release>
+__device__ __forceinline__ void MultiplyStages(Mma& mma, const A& a, const B& b, int num_steps,
+                                               Sums& sums, const Next& next,
                                                const Release& release) {
   constexpr int kSlices = decltype(cute::size<2>(a))::value;
   mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
-  int last_stage = -1;
+  StagePair last;
   for (int step = 0; step < num_steps; ++step) {
-    full[at.stage].wait(at.phase);
+    const StagePair at = next();
     cute::warpgroup_fence_operand(sums);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
-      cute::gemm(mma, a(cute::_, cute::_, i, at.stage), b(cute::_, cute::_, i, at.stage), sums);
+      cute::gemm(mma, a(cute::_, cute::_, i, at.a), b(cute::_, cute::_, i, at.b), sums);
       mma.accumulate_ = cute::GMMA::ScaleOut::One;
     }
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
-    if (last_stage >= 0) release(last_stage);
-    last_stage = at.stage;
-    at.Advance();
+    if (step > 0) release(last);
+    last = at;
   }
   cute::warpgroup_wait<0>();
   cute::warpgroup_fence_operand(sums);
-  release(last_stage);
+  release(last);
 }
 
 }  // namespace gloam::cuda
