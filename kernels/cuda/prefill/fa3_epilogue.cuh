@@ -23,9 +23,9 @@ class TileEpilogue : public flashinfer::CollectiveEpilogue<Traits> {
     const auto rounded = flashinfer::convert_type<typename Base::DTypeO>(sums);
     const auto to_shared = cute::make_tiled_copy_C(typename Base::SmemCopyAtomO{}, mma);
     const auto own = to_shared.get_thread_slice(thread);
-    Sync(static_cast<int>(flashinfer::NamedBarriers::kValueEmpty));  // all have read the values
+    Sync(kValueBarrier, Base::NUM_MMA_THREADS);  // all have read the values
     cute::copy(to_shared, own.retile_S(rounded), own.partition_D(results));
-    Sync(static_cast<int>(flashinfer::NamedBarriers::kValueEmpty));  // all results are there
+    Sync(kValueBarrier, Base::NUM_MMA_THREADS);  // all results are there
     flashinfer::write_O<Base::NUM_COPY_THREADS>(
         params.O_ptr, typename Base::TiledCopyO{}, params.layout_O,
         cute::select<0, 1>(typename Base::TileShape_PDV{}), results, thread, q_tile, q_head,
@@ -36,13 +36,20 @@ class TileEpilogue : public flashinfer::CollectiveEpilogue<Traits> {
   // For the producer warp and the multiplying threads, once for every tile: results have been read,
   // values may come in their place.
   CUTLASS_DEVICE static void AwaitResultsRead() {
-    constexpr int kBarrier = 7;  // after those of flashinfer::NamedBarriers
-    cutlass::arch::NamedBarrier::sync(Base::NUM_MMA_THREADS + cutlass::NumThreadsPerWarp, kBarrier);
+    Sync(kResultBarrier, Base::NUM_MMA_THREADS + cutlass::NumThreadsPerWarp);
   }
 
  private:
-  CUTLASS_DEVICE static void Sync(int barrier) {
-    cutlass::arch::NamedBarrier::sync(Base::NUM_MMA_THREADS, barrier);
+  // After CUTLASS's own and those of flashinfer::NamedBarriers.
+  static constexpr int kFirstBarrier =
+      static_cast<int>(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier);
+  static constexpr int kValueBarrier =
+      kFirstBarrier + static_cast<int>(flashinfer::NamedBarriers::kValueEmpty);
+  static constexpr int kResultBarrier = kFirstBarrier + 7;
+
+  // Unlike CUTLASS's, nothing that reads or writes memory may move across it.
+  CUTLASS_DEVICE static void Sync(int barrier, int num_threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
   }
 };
 
