@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
@@ -59,9 +60,9 @@ __device__ __forceinline__ float4 SumOfParts(uint32_t address, int num_parts, in
 
 using ClusterCounts = std::array<int, kMaxClusterBlocks + 1>;  // by blocks of a cluster
 
-// Clusters of each size that the device runs at a time.
+// Clusters of each size that `num_sms` of the device's SMs run at a time.
 template <typename Kernel>
-ClusterCounts MaxClusters(Kernel kernel, int num_threads, int shared_bytes) {
+ClusterCounts MaxClusters(Kernel kernel, int num_threads, int shared_bytes, int num_sms) {
   ClusterCounts counts = {};
   for (int blocks = 1; blocks <= kMaxClusterBlocks; ++blocks) {
     cudaLaunchAttribute attribute = {};
@@ -74,6 +75,7 @@ ClusterCounts MaxClusters(Kernel kernel, int num_threads, int shared_bytes) {
     config.attrs = &attribute;
     config.numAttrs = 1;
     GLOAM_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&counts[blocks], kernel, &config));
+    counts[blocks] = std::min(counts[blocks], num_sms / blocks);
   }
   return counts;
 }

@@ -206,7 +206,7 @@ void Launch(const StreamGemmParams& params, const StreamGemmDevice& device) {
   static const auto max_clusters = [&] {
     GLOAM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           device.max_shared_bytes));
-    return MaxClusters(kernel, kThreads, shared_bytes);
+    return MaxClusters(kernel, kThreads, shared_bytes, device.num_sms);
   }();
   const int token_tiles = (params.m + 8 * kTiles - 1) / (8 * kTiles);
   const int row_tiles = (params.num_units + kBlockUnits - 1) / kBlockUnits;

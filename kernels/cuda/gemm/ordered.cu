@@ -712,7 +712,7 @@ void Launch(const PlainProduct& product, int num_sms, cudaStream_t stream) {
   AllowSharedBytes<kKernel>(kMaxSharedBytes);
   // A block an SM.
   static const ClusterCounts max_clusters =
-      MaxClusters(kKernel, Shape::kMaxThreads, kMaxSharedBytes);
+      MaxClusters(kKernel, Shape::kMaxThreads, kMaxSharedBytes, num_sms);
   KernelParams p = {};
   p.num_parts = kIsGated ? 1 : PartsOf(product);
   p.token_tiles = CeilDiv(product.m, Shape::kTokens);

@@ -207,7 +207,8 @@ void TileGemm(const StreamGemmParams& params, const StreamGemmDevice& device) {
   int num_blocks = 1;
   if (device.has_clusters) {
     static const ClusterCounts max_clusters = [&] {
-      ClusterCounts counts = MaxClusters(kKernel, T::kThreads, device.max_shared_bytes);
+      ClusterCounts counts =
+          MaxClusters(kKernel, T::kThreads, device.max_shared_bytes, device.num_sms);
       counts[3] = 0;  // each takes as many parts
       return counts;
     }();

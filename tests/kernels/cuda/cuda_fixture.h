@@ -24,7 +24,7 @@ class CudaFixture {
     GLOAM_CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
     context = {.options = options,
                .stream = stream_.get(),
-               .num_sms = Sized(properties.multiProcessorCount, 4),
+               .num_sms = Sized(properties.multiProcessorCount, 8),
                .compute_capability = 10 * properties.major + properties.minor,
                .max_shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin),
                .l2_bytes = properties.l2CacheSize};

@@ -114,11 +114,11 @@ struct Shape {
 std::vector<Shape> ShapesOf(WeightType type) {
   if (InfoOf(type).block_elements == 256) {
     return Sized({Shape{5, 256}, Shape{50, 1536}, Shape{37, 8960}, Shape{6341, 256}},
-                 {Shape{5, 256}, Shape{37, 2304}, Shape{275, 256}});
+                 {Shape{5, 256}, Shape{37, 2304}, Shape{530, 256}});
   }
   return Sized({Shape{5, 32}, Shape{16, 96}, Shape{301, 576}, Shape{50, 1536}, Shape{37, 8960},
                 Shape{6341, 160}},
-               {Shape{5, 32}, Shape{37, 2112}, Shape{275, 160}});
+               {Shape{5, 32}, Shape{37, 2112}, Shape{530, 160}});
 }
 
 void CheckPrecision(const CudaOptions& options) {
@@ -132,7 +132,9 @@ void CheckPrecision(const CudaOptions& options) {
       CHECK(weight->rows() == shape.n);
       CHECK(weight->cols() == shape.k);
       CHECK(weight->type() == type);
-      const int64_t most = shape.n > Sized(1000, 100) || shape.k > 5000 ? 40 : Sized(512, 200);
+      const int64_t most = shape.k > Sized(5000, 1000)  ? Sized(40, 17)
+                           : shape.n > Sized(1000, 500) ? 40
+                                                        : Sized(512, 200);
       const std::vector<uint16_t> x_bits = RandomInputs(most, shape.k, rng);
       const DeviceArray<uint16_t> x(x_bits);
       const Reference reference(matrix, x_bits, most);
@@ -162,7 +164,7 @@ void CheckRowsAlone(WeightType type, const Shape& shape) {
   std::mt19937 rng(11);
   const RandomWeight matrix(type, shape.n, shape.k, rng);
   const auto weight = Load(*backend, {matrix.raw});
-  const int64_t most = Sized(1100, 270);
+  const int64_t most = Sized(1100, IsQuantized(type) ? 140 : 270);
   const std::vector<uint16_t> bits = RandomInputs(most, shape.k, rng);
   const DeviceArray<uint16_t> x(bits);
   const std::vector<float> all = Multiply(*backend, *weight, x, most);
@@ -170,7 +172,7 @@ void CheckRowsAlone(WeightType type, const Shape& shape) {
             .WorstError({all.begin(), all.begin() + 3 * shape.n}, !IsQuantized(type)) <= 1);
   for (int64_t rows : Sized({1,  2,  7,  8,   9,   15,  16,  17,  31,  32,  33,  40,
                              64, 65, 96, 128, 129, 150, 192, 193, 256, 257, 300, 700},
-                            {1, 8, 9, 17, 33, 65, 129})) {
+                            {1, 8, 9, 17, 33, 65})) {
     CAPTURE(std::string(InfoOf(type).name), shape.n, shape.k, rows);
     const std::vector<float> y = Multiply(*backend, *weight, x, rows);
     CHECK(std::memcmp(y.data(), all.data(), y.size() * sizeof(float)) == 0);
@@ -188,14 +190,14 @@ void CheckRowsAlone(WeightType type, const Shape& shape) {
 TEST_CASE("A row's result does not depend on the other rows", "[gemm]") {
   for (WeightType type : kAllTypes) {
     for (const Shape& shape : Sized({Shape{83, 1536}, Shape{6341, 512}, Shape{8197, 256}},
-                                    {Shape{83, 512}, Shape{275, 256}})) {
+                                    {Shape{83, 256}, Shape{275, 256}})) {
       CheckRowsAlone(type, shape);
     }
   }
   // The shapes of models.
   CheckRowsAlone(WeightType::kBF16, {960, 576});
   CheckRowsAlone(WeightType::kBF16, {1030, Sized(14336, 2048)});
-  CheckRowsAlone(WeightType::kQ4_0, {Sized(1024, 64), 4096});
+  CheckRowsAlone(WeightType::kQ4_0, {Sized(1024, 64), Sized(4096, 2304)});
 }
 
 // Three weights of `types` with bias, residual, strided x and y, against separate plain products.
@@ -203,14 +205,15 @@ void CheckEpilogues(const CudaFixture& fixture, const std::vector<WeightType>& t
                     int64_t rows) {
   const auto backend = MakeGemmBackend(fixture.context);
   std::mt19937 rng(13);
-  constexpr int64_t kCols = 512, kXStride = kCols + 16, kYStride = 160;
+  const int64_t cols = Sized(512, 256), x_stride = cols + 16;
+  constexpr int64_t kYStride = 160;
   constexpr int64_t kOutputs[] = {67, 16, 35};
   constexpr int64_t kFirst[] = {2, 70, 90};
-  const std::vector<uint16_t> x = RandomInputs(rows, kXStride, rng);
+  const std::vector<uint16_t> x = RandomInputs(rows, x_stride, rng);
   std::vector<uint16_t> dense;
   for (int64_t row = 0; row < rows; ++row) {
-    const auto begin = x.begin() + row * kXStride + 8;
-    dense.insert(dense.end(), begin, begin + kCols);
+    const auto begin = x.begin() + row * x_stride + 8;
+    dense.insert(dense.end(), begin, begin + cols);
   }
   const DeviceArray<uint16_t> wide_x(x), dense_x(dense);
   const std::vector<float> bias_values = RandomFloats(67, rng);
@@ -222,12 +225,12 @@ void CheckEpilogues(const CudaFixture& fixture, const std::vector<WeightType>& t
   DeviceArray<uint16_t> y16(RoundTo(DType::kBF16, before));
   void* y = y_dtype == DType::kF32 ? static_cast<void*>(y32.data()) : y16.data();
   GemmParams params;
-  params.x = View(wide_x.data(), DType::kBF16, rows, kXStride).Columns(8, kCols);
+  params.x = View(wide_x.data(), DType::kBF16, rows, x_stride).Columns(8, cols);
   params.num_outputs = 3;
   std::vector<std::unique_ptr<Weight>> weights;
   std::vector<float> expected = before;
   for (int i = 0; i < 3; ++i) {
-    const RandomWeight matrix(types[i], kOutputs[i], kCols, rng);
+    const RandomWeight matrix(types[i], kOutputs[i], cols, rng);
     weights.push_back(Load(*backend, {matrix.raw}));
     const std::vector<float> plain = Multiply(*backend, *weights[i], dense_x, rows);
     GemmOutput& output = params.outputs[i];
@@ -267,7 +270,7 @@ TEST_CASE("Bias, residual, strides and several outputs", "[gemm]") {
         CAPTURE(std::string(InfoOf(types[0]).name), static_cast<int>(y_dtype), rows);
         CheckEpilogues(normal, types, y_dtype, rows);
       }
-      for (int64_t rows : Sized({1, 10, 20, 40, 100, 200, 300}, {1, 10, 40, 100})) {
+      for (int64_t rows : Sized({1, 10, 20, 40, 100, 200, 300}, {1, 10, 100})) {
         CAPTURE(std::string(InfoOf(types[0]).name), static_cast<int>(y_dtype), rows, "invariant");
         CheckEpilogues(invariant, types, y_dtype, rows);
       }
