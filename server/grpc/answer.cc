@@ -52,11 +52,18 @@ class EncoderBase : public AnswerEncoder {
     message->set_model(model_);
   }
 
-  // True once: when the stream's last batch is there and the client wants the usage.
-  bool UsageIsDue(const RunningGeneration::Batch& batch) {
-    if (!batch.done || !prepared_.stream.include_usage || usage_sent_) return false;
-    usage_sent_ = true;
-    return true;
+  // Completes a chunk of a stream: what every one has and, once, in the last where the client wants
+  // it, the usage. Nothing where it would tell nothing.
+  template <typename Chunk>
+  std::optional<grpc::ByteBuffer> Finish(const RunningGeneration::Batch& batch, Chunk* chunk) {
+    if (batch.done && prepared_.stream.include_usage && !usage_sent_) {
+      usage_sent_ = true;
+      gloam::ToWire(running_.summary(), chunk->mutable_usage());
+    } else if (chunk->choices().empty()) {
+      return std::nullopt;
+    }
+    SetHeader(chunk);
+    return SerializeMessage(*chunk);
   }
 
   void ToWire(const TokenLogprob& logprob, v1::TokenLogprob* message) const {
@@ -146,13 +153,7 @@ class CompletionEncoder final : public EncoderBase {
                                                         : gloam::ToWire(*delta.finish_reason));
       }
     }
-    if (UsageIsDue(batch)) {
-      gloam::ToWire(running_.summary(), message.mutable_usage());
-    } else if (message.choices().empty()) {
-      return std::nullopt;
-    }
-    SetHeader(&message);
-    return SerializeMessage(message);
+    return Finish(batch, &message);
   }
 
  private:
@@ -237,13 +238,7 @@ class ChatEncoder final : public EncoderBase {
       if (delta.finish_reason) choice->set_finish_reason(gloam::ToWire(*delta.finish_reason));
       if (delta.stop_reason) choice->set_stop_reason(*delta.stop_reason);
     }
-    if (UsageIsDue(batch)) {
-      gloam::ToWire(running_.summary(), message.mutable_usage());
-    } else if (message.choices().empty()) {
-      return std::nullopt;
-    }
-    SetHeader(&message);
-    return SerializeMessage(message);
+    return Finish(batch, &message);
   }
 
  private:

@@ -11,10 +11,10 @@
 #include <vector>
 
 #include "catch2/catch.hpp"
-#include "hwy/targets.h"
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/float16.h"
+#include "tests/kernels/simd_targets.h"
 
 namespace gloam::cpu {
 namespace {
@@ -236,19 +236,6 @@ bool SameBits(const Outputs& a, const Outputs& b) {
   return true;
 }
 
-// Calls f once for every SIMD target that this machine runs.
-template <typename F>
-void ForEachTarget(const F& f) {
-  for (int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
-    hwy::SetSupportedTargetsForTest(left & -left);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    CAPTURE(hwy::TargetName(left & -left));
-    f();
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-}
-
 }  // namespace
 
 TEST_CASE("attention equals the double-precision softmax") {
@@ -293,7 +280,7 @@ TEST_CASE("attention is right on every SIMD target") {
   Scratch scratch;
   for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
     const Cache cache({2, 3, 80, 40, dtype}, {1, 47, 90}, rng);
-    ForEachTarget([&] {
+    ForEachSimdTarget([&] {
       Outputs outputs = EmptyOutputs(cache);
       Run(cache, WholeSequences(cache), pool, scratch, outputs);
       CheckAgainstReference(cache, outputs);

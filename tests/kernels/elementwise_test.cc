@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "catch2/catch.hpp"
-#include "hwy/targets.h"
 #include "kernels/cpu/cpu_kernels.h"
+#include "tests/kernels/simd_targets.h"
 
 namespace gloam::cpu {
 namespace {
@@ -162,10 +162,7 @@ TEST_CASE("elementwise operations are right on every SIMD target") {
   std::vector<float> out(kDim);
   double sum = 0;
   for (const float value : x) sum += double{value} * value;
-  for (int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
-    hwy::SetSupportedTargetsForTest(left & -left);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    CAPTURE(hwy::TargetName(left & -left));
+  ForEachSimdTarget([&] {
     RmsNorm({Matrix(x, 1, kDim, kDim), up.data(), 1e-6f, Matrix(out, 1, kDim, kDim)}, pool);
     for (int64_t i = 0; i < kDim; ++i) {
       const double expected = x[i] * up[i] / std::sqrt(sum / kDim + 1e-6);
@@ -176,9 +173,7 @@ TEST_CASE("elementwise operations are right on every SIMD target") {
     for (int64_t i = 0; i < kDim; ++i) {
       REQUIRE(out[i] == Approx(Silu(x[i]) * up[i]).epsilon(2e-6).margin(1e-12));
     }
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  });
 }
 
 TEST_CASE("GatherRows copies the named rows") {

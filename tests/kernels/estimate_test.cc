@@ -8,6 +8,7 @@
 #include "catch2/catch.hpp"
 #include "kernels/cpu/sparse/estimate_kernels.h"
 #include "tests/kernels/sidecar_cache.h"
+#include "tests/kernels/simd_targets.h"
 
 namespace gloam::cpu {
 namespace {
@@ -299,9 +300,9 @@ TEST_CASE("estimates from mirrors are the same on every SIMD target") {
       const Fixture f(dtype, 80, bits, 7, rng);
       for (const EstimatorType type : kMirrors) {
         const std::vector<float> expected = f.Run(type);
-        ForEachSimdTarget([&](const char* target) {
+        ForEachSimdTarget([&] {
           for (const bool without_vnni : {false, true}) {
-            CAPTURE(target, without_vnni, bits, static_cast<int>(dtype), static_cast<int>(type));
+            CAPTURE(without_vnni, bits, static_cast<int>(dtype), static_cast<int>(type));
             DisableEstimateVnniForTest(without_vnni);
             REQUIRE(f.Run(type) == expected);
           }
@@ -309,8 +310,8 @@ TEST_CASE("estimates from mirrors are the same on every SIMD target") {
         });
       }
       const std::vector<float> expected = f.RunLabels();
-      ForEachSimdTarget([&](const char* target) {
-        CAPTURE(target, bits);
+      ForEachSimdTarget([&] {
+        CAPTURE(bits);
         REQUIRE(f.RunLabels() == expected);
         CheckAgainstReference(f, EstimatorType::kNone);
       });

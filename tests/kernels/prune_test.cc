@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "catch2/catch.hpp"
-#include "hwy/targets.h"
+#include "tests/kernels/simd_targets.h"
 
 namespace gloam::cpu {
 namespace {
@@ -61,18 +61,6 @@ struct Row {
     return Prune(params);
   }
 };
-
-template <typename F>
-void ForEveryTarget(const F& f) {
-  for (int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
-    hwy::SetSupportedTargetsForTest(left & -left);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    CAPTURE(hwy::TargetName(left & -left));
-    f();
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-}
 
 double MassOf(const Row& row, const std::vector<TokenMask>& masks) {
   long double mass = 0;
@@ -298,7 +286,7 @@ TEST_CASE("Top-p keeps the smallest set of largest weights that holds the mass",
 }
 
 TEST_CASE("Every instruction set prunes to the oracle's set", "[prune]") {
-  ForEveryTarget([] {
+  ForEachSimdTarget([] {
     std::mt19937 rng(kSeed + 1);
     for (const auto& [name, logit_of] : Kinds()) {
       CAPTURE(name);

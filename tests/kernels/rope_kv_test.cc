@@ -8,10 +8,10 @@
 #include <vector>
 
 #include "catch2/catch.hpp"
-#include "hwy/targets.h"
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/float16.h"
+#include "tests/kernels/simd_targets.h"
 
 namespace gloam::cpu {
 namespace {
@@ -147,15 +147,10 @@ TEST_CASE("rope is right on every SIMD target") {
   CAPTURE(kSeed);
   std::mt19937 rng(kSeed);
   ThreadPool pool(1);
-  for (int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
-    hwy::SetSupportedTargetsForTest(left & -left);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    CAPTURE(hwy::TargetName(left & -left));
+  ForEachSimdTarget([&] {
     Check({3, 3, 1, 64, 52, RopeStyle::kNeox, DType::kBF16}, pool, rng);
     Check({3, 3, 1, 64, 52, RopeStyle::kInterleaved, DType::kF32}, pool, rng);
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  });
 }
 
 TEST_CASE("fp16 rounds to nearest even, through subnormals, and comes back exactly") {

@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "catch2/catch.hpp"
-#include "hwy/targets.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/philox.h"
+#include "tests/kernels/simd_targets.h"
 
 namespace gloam::cpu {
 namespace {
@@ -139,10 +139,7 @@ TEST_CASE("greedy takes the largest logit, the lowest id among equals") {
   std::mt19937 rng(kSeed);
   SampleRow greedy;
   greedy.temperature = 0;
-  for (int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
-    hwy::SetSupportedTargetsForTest(left & -left);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    CAPTURE(hwy::TargetName(left & -left));
+  ForEachSimdTarget([&] {
     for (const int n : {1, 2, 15, 16, 17, 64, 65, 1000, 49152}) {
       std::vector<float> logits = NormalLogits(n, rng, 1);
       REQUIRE(SampleLogits(logits, greedy).token ==
@@ -158,9 +155,7 @@ TEST_CASE("greedy takes the largest logit, the lowest id among equals") {
       logits[n - 1] = -1e30f;
       REQUIRE(SampleLogits(logits, greedy).token == n - 1);
     }
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  });
 }
 
 TEST_CASE("top_k keeps exactly k, ties lowest id first") {

@@ -15,12 +15,12 @@
 #include <vector>
 
 #include "catch2/catch.hpp"
-#include "hwy/targets.h"
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cpu/sparse/block_scores.h"
 #include "kernels/estimate.h"
 #include "kernels/float16.h"
+#include "tests/kernels/simd_targets.h"
 
 namespace gloam::cpu {
 namespace {
@@ -720,16 +720,11 @@ TEST_CASE("Block scores bound every logit of the block", "[selector]") {
 }
 
 TEST_CASE("Block scores on every instruction set", "[selector]") {
-  for (int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
+  ForEachSimdTarget([&] {
     std::mt19937 rng(kSeed + 10);
     const Context context({.num_heads = 5, .head_dim = 48, .length = 200}, rng);
-    hwy::SetSupportedTargetsForTest(left & -left);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    CAPTURE(hwy::TargetName(left & -left));
     CheckBounds(context);
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  });
 }
 
 TEST_CASE("quest selects whole blocks, those with the largest bounds", "[selector]") {

@@ -11,7 +11,6 @@
 #include <random>
 #include <vector>
 
-#include "hwy/targets.h"
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/float16.h"
@@ -183,17 +182,5 @@ struct SidecarCache {
     return contents;
   }
 };
-
-// Calls f once for every SIMD target that this machine runs.
-template <typename F>
-void ForEachSimdTarget(const F& f) {
-  for (int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
-    hwy::SetSupportedTargetsForTest(left & -left);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    f(hwy::TargetName(left & -left));
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-}
 
 }  // namespace gloam::cpu

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "catch2/catch.hpp"
-#include "hwy/targets.h"
+#include "tests/kernels/simd_targets.h"
 
 namespace gloam::cpu {
 namespace {
@@ -112,15 +112,10 @@ TEST_CASE("The tokens with the largest scores", "[top_k]") {
 }
 
 TEST_CASE("Every instruction set keeps the same tokens", "[top_k]") {
-  for (int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
-    hwy::SetSupportedTargetsForTest(left & -left);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    CAPTURE(hwy::TargetName(left & -left));
+  ForEachSimdTarget([&] {
     std::mt19937 rng(kSeed + 1);
     CheckRandomRows(10, rng);
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  });
 }
 
 TEST_CASE("The blocks with the largest scores", "[top_k]") {
