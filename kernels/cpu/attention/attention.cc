@@ -13,6 +13,7 @@
 #include <new>
 
 #include "kernels/cpu/attention/tile.h"
+#include "kernels/cpu/carver.h"
 #include "kernels/cpu/cpu_kernels.h"
 
 namespace gloam::cpu {
@@ -57,32 +58,13 @@ struct SplitTile {
   int64_t first_byte = 0;  // of its partials, [num_partitions]
 };
 
-// Hands out 64-byte aligned pieces of one allocation; with a null base it only counts.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <typename T>
-  T* Take(int64_t count) {
-    T* at = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += CeilDiv(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return at;
-  }
-
-  AttentionPartial TakePartial(int64_t num_rows, int head_dim) {
-    AttentionPartial partial;
-    partial.acc = Take<float>(num_rows * head_dim);
-    partial.sum = Take<float>(num_rows);
-    partial.max = Take<float>(num_rows);
-    return partial;
-  }
-
-  int64_t used_bytes() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
+AttentionPartial TakePartial(Carver& carver, int64_t num_rows, int head_dim) {
+  AttentionPartial partial;
+  partial.acc = carver.Take<float>(num_rows * head_dim);
+  partial.sum = carver.Take<float>(num_rows);
+  partial.max = carver.Take<float>(num_rows);
+  return partial;
+}
 
 // What one thread works in.
 struct ThreadMemory {
@@ -97,8 +79,8 @@ struct ThreadMemory {
     workspace.values = carver.Take<float>(head_dim * kGroupTokens);
     workspace.probs = carver.Take<float>(num_rows * kGroupTokens);
     workspace.lane_sums = carver.Take<float>(num_rows * kBlockTokens);
-    part = carver.TakePartial(num_rows, head_dim);
-    total = carver.TakePartial(num_rows, head_dim);
+    part = TakePartial(carver, num_rows, head_dim);
+    total = TakePartial(carver, num_rows, head_dim);
   }
 };
 
@@ -232,7 +214,7 @@ void AttentionRun::ForEachTile(const F& f) const {
 
 int64_t AttentionRun::PartialBytes(int64_t num_rows) const {
   Carver carver(nullptr);
-  carver.TakePartial(num_rows, head_dim_);
+  TakePartial(carver, num_rows, head_dim_);
   return carver.used_bytes();
 }
 
@@ -299,7 +281,7 @@ AttentionPartial AttentionRun::PartialOf(const WorkItem& item, int64_t partition
   const int64_t num_rows = RowsOf(item.tile);
   const int64_t index = partition - item.tile.first_partition;
   Carver carver(partials_ + splits_[item.split].first_byte + index * PartialBytes(num_rows));
-  return carver.TakePartial(num_rows, head_dim_);
+  return TakePartial(carver, num_rows, head_dim_);
 }
 
 HeadBlocks AttentionRun::FirstBlocks(const TokenTile& tile, int64_t partition) const {
