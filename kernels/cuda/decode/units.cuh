@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/cuda/decode/decode_attention.h"
+#include "kernels/cuda/find_range.cuh"
 #include "kernels/cuda/shared_barrier.cuh"
 
 namespace gloam::cuda::decode {
@@ -35,25 +36,11 @@ struct Row {
   int context;  // tokens that it may see; -1: not this kernel's
 };
 
-// The sequence whose tokens include `token`.
-__device__ inline int FindSequence(const int32_t* cu_seqlens, int num_seqs, int token) {
-  int low = 0, high = num_seqs - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (cu_seqlens[middle] <= token) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
 __device__ inline Row ReadRow(const DecodeAttentionParams& p, int index) {
   Row row = {.seq = 0, .token = 0, .context = -1};
   if (p.rows == DecodeRows::kEveryToken) {
     row.token = index;
-    row.seq = FindSequence(p.cu_seqlens, p.num_seqs, index);
+    row.seq = FindRange(p.cu_seqlens, p.num_seqs, index);
   } else {
     row.seq = index;
     row.token = p.cu_seqlens[index];

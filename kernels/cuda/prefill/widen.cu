@@ -2,6 +2,7 @@
 
 #include "base/check.h"
 #include "kernels/cuda/e4m3.cuh"
+#include "kernels/cuda/find_range.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace gloam::cuda {
@@ -9,20 +10,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kElements = 8;  // of a thread at a time: stores of 16 bytes lie side by side
-
-// The range of `places` that includes `place`.
-__device__ __forceinline__ int FindSequence(const WidenParams& p, int place) {
-  int low = 0, high = p.num_seqs - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (p.places[middle] <= place) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
 
 __device__ __forceinline__ uint2 WidenFour(uint32_t four) {
   return {WidenE4M3(static_cast<uint16_t>(four)), WidenE4M3(static_cast<uint16_t>(four >> 16))};
@@ -33,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) WidenKernel(const __grid_constant__ 
   AllowNextKernel();
   WaitForEarlierKernels();
   const int place = static_cast<int>(blockIdx.x);
-  const int seq = FindSequence(p, place);
+  const int seq = FindRange(p.places, p.num_seqs, place);
   const int64_t block = p.block_tables[p.sources[seq] + place - p.places[seq]];
   const auto* from = reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(p.cache) +
                                                     block * p.block_elements);
