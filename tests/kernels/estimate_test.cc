@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "catch2/catch.hpp"
-#include "kernels/cpu/sparse/estimate_kernels.h"
+#include "kernels/cpu/estimate/kernels.h"
 #include "tests/kernels/sidecar_cache.h"
 #include "tests/kernels/simd_targets.h"
 

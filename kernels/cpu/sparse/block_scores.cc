@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "kernels/cpu/estimate/kernels.h"
 #include "kernels/cpu/prefetch.h"
-#include "kernels/cpu/sparse/estimate_kernels.h"
 #include "kernels/estimate.h"
 
 #undef HWY_TARGET_INCLUDE

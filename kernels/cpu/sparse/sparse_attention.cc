@@ -1,6 +1,6 @@
 // Sparse decode attention: a task per (row, KV head) that runs all stages on one thread; threads
 // that have no task help with the stages that look at every candidate. The stages themselves are in
-// kernels/selectors/, estimate.cc and prune.cc; what is kept is attended by the arithmetic of dense
+// kernels/selectors/, estimate/ and prune.cc; what is kept is attended by the arithmetic of dense
 // attention (kernels/cpu/attention/tile.h), where it lies in the cache.
 #include "kernels/sparse_attention.h"
 

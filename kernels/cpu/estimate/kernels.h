@@ -36,10 +36,13 @@ struct EstimateCall {
   int64_t end_block = 0;
 };
 
-void EstimateFromMirror(const EstimateCall& call, const Mirror& mirror);
+// By the mirror's kind: kBlockQuant, or quants per token.
+void EstimateFromBlockQuants(const EstimateCall& call, const Mirror& mirror);
+void EstimateFromTokenQuants(const EstimateCall& call, const Mirror& mirror);
 void EstimateFromKeys(const EstimateCall& call);
 
 // Makes the AVX-512 kernels do without VNNI, so that a test on a newer host covers that path.
 void DisableEstimateVnniForTest(bool disable);
+bool EstimateVnniDisabled();
 
 }  // namespace gloam::cpu

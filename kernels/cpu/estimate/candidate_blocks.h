@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/cpu/sparse/estimate_kernels.h"
+#include "kernels/cpu/estimate/kernels.h"
 
 namespace gloam::cpu {
 

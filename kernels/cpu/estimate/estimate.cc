@@ -1,13 +1,16 @@
-// Checks of the estimators' arguments; the loops are in estimate_kernels.cc.
+// Checks of the estimators' arguments; the loops are in block_quants.cc, token_quants.cc, keys.cc.
 #include "kernels/estimate.h"
 
 #include <algorithm>
+#include <atomic>
 
+#include "kernels/cpu/estimate/kernels.h"
 #include "kernels/cpu/sidecars/quant_rows.h"
-#include "kernels/cpu/sparse/estimate_kernels.h"
 
 namespace gloam::cpu {
 namespace {
+
+std::atomic<bool> vnni_disabled{false};
 
 void CheckKeys(const KeyBlocks& keys, int num_heads, int head_dim) {
   const KvLayout& layout = keys.kv.layout;
@@ -62,7 +65,11 @@ void Estimate(const EstimateParams& params) {
   const int bits = BitsOf(*params.keys.sidecars.config, kind);
   GLOAM_CHECK(bits == params.estimator.quant_bits && (bits == 2 || bits == 4 || bits == 8));
   const Mirror mirror = {kind, bits, NumQuantRows(params.head_dim, bits)};
-  EstimateFromMirror(call, mirror);
+  if (kind == SidecarKind::kBlockQuant) {
+    EstimateFromBlockQuants(call, mirror);
+  } else {
+    EstimateFromTokenQuants(call, mirror);
+  }
 }
 
 void EstimateFromLabels(const EstimateFromLabelsParams& params) {
@@ -88,8 +95,11 @@ void EstimateFromLabels(const EstimateFromLabelsParams& params) {
                              .masks = params.masks,
                              .logits = params.logits,
                              .end_block = params.keys.num_blocks};
-  const Mirror mirror = {SidecarKind::kLabels, bits, NumQuantRows(num_labels, bits)};
-  EstimateFromMirror(call, mirror);
+  EstimateFromTokenQuants(call, {SidecarKind::kLabels, bits, NumQuantRows(num_labels, bits)});
 }
+
+void DisableEstimateVnniForTest(bool disable) { vnni_disabled.store(disable); }
+
+bool EstimateVnniDisabled() { return vnni_disabled.load(std::memory_order_relaxed); }
 
 }  // namespace gloam::cpu
