@@ -1,6 +1,6 @@
 // Sampling's passes over whole rows (4 bytes per entry of the vocabulary): the largest logit,
 // penalties, and the maxima and masses of chunks of 128 entries, which spare the draw
-// (sample_draw.cu) most of the vocabulary.
+// (draw.cu) most of the vocabulary.
 #include <cfloat>
 #include <climits>
 

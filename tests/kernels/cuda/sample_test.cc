@@ -2,77 +2,26 @@
 // unless the draw or a cut lies so close to an edge that the order of fp32 sums may decide; then
 // the token must still be one that double precision allows within that error.
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
-#include <limits>
 #include <memory>
-#include <numeric>
 #include <random>
 #include <vector>
 
 #include "catch2/catch.hpp"
 #include "kernels/cuda/cuda_kernels.h"
-#include "kernels/philox.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
+#include "tests/kernels/cuda/sample_reference.h"
+#include "tests/kernels/cuda/sample_rows.h"
 
 namespace gloam::cuda {
 namespace {
 
 constexpr uint32_t kSeed = 13;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-// Errors relative to the whole mass. The GPU's weights are within 2 ulp and their sums exact; the
-// CPU sums 64 weights in fp32.
-constexpr double kGpuError = 4e-7;
-constexpr double kCpuError = 6e-6;
 
 Ops& Cpu() {
   static const std::unique_ptr<Ops> ops = MakeCpuOps({.num_threads = 2});
   return *ops;
 }
-
-// Rows of logits and what each asks for, with the lists that SampleRow points to.
-struct Batch {
-  explicit Batch(int64_t vocab_size, int64_t stride = 0)
-      : vocab_size(vocab_size), stride(stride == 0 ? vocab_size : stride) {}
-
-  struct Lists {
-    std::vector<int32_t> prompt, banned;
-    std::vector<std::pair<int32_t, int32_t>> counts;
-    std::vector<std::pair<int32_t, float>> bias;
-    std::vector<uint32_t> allowed;
-  };
-
-  void Add(const std::vector<float>& row_logits, const SampleRow& row,
-           std::shared_ptr<Lists> row_lists = nullptr) {
-    REQUIRE(static_cast<int64_t>(row_logits.size()) == vocab_size);
-    logits.insert(logits.end(), row_logits.begin(), row_logits.end());
-    logits.resize(logits.size() + (stride - vocab_size), kNan);
-    rows.push_back(row);
-    lists.push_back(row_lists);
-    if (row_lists == nullptr) return;
-    rows.back().prompt_tokens = row_lists->prompt;
-    rows.back().banned_tokens = row_lists->banned;
-    rows.back().output_counts = row_lists->counts;
-    rows.back().logit_bias = row_lists->bias;
-    rows.back().allowed = row_lists->allowed.empty() ? nullptr : row_lists->allowed.data();
-  }
-
-  int64_t num_rows() const { return static_cast<int64_t>(rows.size()); }
-  const float* Row(int64_t row) const { return &logits[row * stride]; }
-  TensorView View(float* data, Device device) const {
-    TensorView view = TensorView::Contiguous(data, DType::kF32, device, {num_rows(), vocab_size});
-    view.strides[0] = stride;
-    return view;
-  }
-
-  int64_t vocab_size;
-  int64_t stride;
-  std::vector<float> logits;
-  std::vector<SampleRow> rows;
-  std::vector<std::shared_ptr<Lists>> lists;
-};
 
 struct Gpu {
   Gpu() : backend(MakeSampleBackend(fixture.context)) {}
@@ -119,149 +68,6 @@ std::vector<SampleResult> SampleOnCpu(const Batch& batch) {
       {.logits = batch.View(logits.data(), Device::kCpu), .rows = batch.rows, .results = results});
   return results;
 }
-
-std::vector<float> NormalLogits(int64_t vocab_size, std::mt19937& rng, float scale) {
-  std::normal_distribution<float> normal(0, scale);
-  std::vector<float> logits(vocab_size);
-  for (float& logit : logits) logit = normal(rng);
-  return logits;
-}
-
-// ---- double precision
-
-float Clean(float x) { return std::isnan(x) ? -kInfinity : std::min(x, FLT_MAX); }
-
-// The row's logits after mask, bans, bias and penalties, as sample.h states them.
-std::vector<float> Changed(const float* logits, int64_t vocab_size, const SampleRow& row) {
-  std::vector<float> x(logits, logits + vocab_size);
-  for (int64_t i = 0; i < vocab_size; ++i) {
-    if (row.allowed != nullptr && (row.allowed[i / 32] >> (i % 32) & 1) == 0) x[i] = -kInfinity;
-  }
-  for (const int32_t token : row.banned_tokens) x[token] = -kInfinity;
-  for (const auto& [token, bias] : row.logit_bias) x[token] += bias;
-  if (row.repetition_penalty != 1.0f) {
-    std::vector<bool> seen(vocab_size, false);
-    const auto penalise = [&](int32_t token) {
-      if (seen[token]) return;
-      seen[token] = true;
-      x[token] =
-          x[token] > 0 ? x[token] / row.repetition_penalty : x[token] * row.repetition_penalty;
-    };
-    for (const int32_t token : row.prompt_tokens) penalise(token);
-    for (const auto& [token, count] : row.output_counts) penalise(token);
-  }
-  for (const auto& [token, count] : row.output_counts) {
-    const float frequency = row.frequency_penalty * static_cast<float>(count);
-    const float penalty = frequency + row.presence_penalty;
-    if (count > 0) x[token] -= penalty;
-  }
-  for (float& logit : x) logit = Clean(logit);
-  return x;
-}
-
-// What double precision says of a drawn token.
-struct Verdict {
-  double distance = 0;     // of the draw from the token's interval, relative to the mass; 0: inside
-  double to_edge = 0;      // of the draw from the nearest edge of its own token's interval
-  bool clear_cuts = true;  // no cut within kCpuError of another
-  int32_t token = 0;       // where the draw falls
-};
-
-class Reference {
- public:
-  Reference(const std::vector<float>& logits, const SampleRow& row) {
-    const size_t n = logits.size();
-    const float max = *std::max_element(logits.begin(), logits.end());
-    if (max == -kInfinity) return;
-    const float inverse = std::min(1.0f / row.temperature, FLT_MAX);
-    std::vector<int> order(n);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int a, int b) { return logits[a] > logits[b]; });
-    std::vector<double> weights(n);
-    for (size_t i = 0; i < n; ++i) {
-      weights[i] = logits[i] == -kInfinity ? 0 : std::exp(double{(logits[i] - max) * inverse});
-    }
-    size_t kept = row.top_k > 0 ? std::min<size_t>(row.top_k, n) : n;
-    double total = 0;
-    for (size_t i = 0; i < kept; ++i) total += weights[order[i]];
-    if (row.top_p < 1.0f) {
-      const double need = double{row.top_p} * total;
-      double mass = 0;
-      size_t fewest = 0, most = 0;  // as the error may make it
-      for (size_t i = 0; i < kept && most == 0; ++i) {
-        mass += weights[order[i]];
-        if (fewest == 0 && mass >= need - kCpuError * total) fewest = i + 1;
-        if (mass >= need + kCpuError * total || i + 1 == kept) most = i + 1;
-      }
-      clear_cuts_ = fewest == most;
-      // The mass whose membership is open within the GPU's own error.
-      mass = 0;
-      size_t least = 0, last = 0;
-      for (size_t i = 0; i < kept && last == 0; ++i) {
-        mass += weights[order[i]];
-        if (least == 0 && mass >= need - kGpuError * total) least = i + 1;
-        if (mass >= need + kGpuError * total || i + 1 == kept) last = i + 1;
-      }
-      for (size_t i = least; i < last; ++i) open_ += weights[order[i]];
-      kept = last;
-    }
-    const double min_weight = row.min_p > 0 ? std::min(double{row.min_p}, 1.0) : 0;
-    std::vector<std::pair<int, double>> tokens;
-    for (size_t i = 0; i < kept; ++i) {
-      const double w = weights[order[i]];
-      if (std::abs(w - min_weight) < 1e-6 * min_weight && w < 1) {
-        clear_cuts_ = false;
-        open_ += w;
-      }
-      if (w >= min_weight * (1 - 5e-7)) tokens.emplace_back(order[i], w);
-    }
-    std::sort(tokens.begin(), tokens.end());
-    for (const auto& [token, weight] : tokens) {
-      if (weight == 0) continue;
-      intervals_.push_back({token, total_, total_ + weight});
-      total_ += weight;
-    }
-    uniform_ = cpu::UniformDraw(row.seed, row.draw_index);
-  }
-
-  Verdict Judge(int32_t token) const {
-    Verdict verdict;
-    verdict.clear_cuts = clear_cuts_;
-    if (intervals_.empty()) {
-      verdict.distance = token == 0 ? 0 : 1;
-      verdict.to_edge = 1;
-      return verdict;
-    }
-    const double at = uniform_ * total_;
-    verdict.distance = 1;
-    for (const Interval& interval : intervals_) {
-      if (interval.token == token) {
-        verdict.distance =
-            std::max({0.0, interval.begin - at - open_, at - interval.end - open_}) / total_;
-      }
-      if (interval.begin <= at && at < interval.end) {
-        verdict.token = interval.token;
-        // The ends of all are no edges.
-        const double low = interval.begin == 0 ? 1 : (at - interval.begin) / total_;
-        const double high = interval.end == total_ ? 1 : (interval.end - at) / total_;
-        verdict.to_edge = std::min(low, high);
-      }
-    }
-    return verdict;
-  }
-
- private:
-  struct Interval {
-    int32_t token;
-    double begin, end;
-  };
-  std::vector<Interval> intervals_;
-  double total_ = 0;
-  double open_ = 0;
-  double uniform_ = 0;
-  bool clear_cuts_ = true;
-};
 
 void CheckLogprobs(const SampleResult& gpu, const SampleResult& cpu) {
   const auto close = [](float a, float b) {
@@ -321,93 +127,6 @@ void CheckBatch(Gpu& gpu, const Batch& batch, Tally& tally, int misalign = 0) {
   }
 }
 
-template <typename T>
-T OneOf(std::mt19937& rng, const std::vector<T>& values) {
-  return values[rng() % values.size()];
-}
-
-// A row of random kind: smooth, with many ties, peaked, flat, or with holes.
-std::vector<float> RandomLogits(int64_t vocab_size, std::mt19937& rng) {
-  std::vector<float> logits =
-      NormalLogits(vocab_size, rng, OneOf<float>(rng, {0.01f, 1, 2, 5, 30}));
-  switch (rng() % 6) {
-    case 0:
-      for (float& x : logits) x = std::round(x * 4) / 4;
-      break;
-    case 1:
-      for (int i = 0; i < 5; ++i) logits[rng() % vocab_size] += 20;
-      break;
-    case 2:
-      for (float& x : logits) {
-        if (rng() % 3 == 0) x = -kInfinity;
-      }
-      break;
-    case 3:
-      logits[rng() % vocab_size] = OneOf<float>(rng, {kNan, kInfinity, -kInfinity, 1e30f, -0.0f});
-      break;
-    default:
-      break;
-  }
-  return logits;
-}
-
-SampleRow RandomRow(std::mt19937& rng) {
-  SampleRow row;
-  row.temperature = OneOf<float>(rng, {0, 0.01f, 0.3f, 0.7f, 1, 1, 1.3f, 2, 50, 1e30f, 1e-30f});
-  row.top_k = OneOf<int>(rng, {0, 0, 0, 1, 2, 7, 50, 300, 2000, 1 << 20});
-  row.top_p = OneOf<float>(rng, {1, 1, 1, 0.99f, 0.95f, 0.9f, 0.5f, 0.1f, 0, 0.9999999f});
-  row.min_p = OneOf<float>(rng, {0, 0, 0, 0.001f, 0.05f, 0.5f, 1});
-  row.seed = rng() | uint64_t{rng()} << 32;
-  row.draw_index = rng() % 3 == 0 ? rng() : rng() % 100;
-  row.num_logprobs = OneOf<int>(rng, {-1, -1, -1, 0, 1, 5, 20, 300});
-  return row;
-}
-
-std::shared_ptr<Batch::Lists> RandomLists(int64_t vocab_size, std::mt19937& rng, SampleRow& row) {
-  auto lists = std::make_shared<Batch::Lists>();
-  const auto token = [&] { return static_cast<int32_t>(rng() % vocab_size); };
-  const auto maybe = [&] { return rng() % 2 == 0; };
-  if (maybe()) {
-    row.repetition_penalty = OneOf<float>(rng, {1.1f, 0.8f, 2});
-    for (size_t i = rng() % 2000; i > 0; --i) lists->prompt.push_back(token());
-  }
-  if (maybe()) {
-    row.frequency_penalty = OneOf<float>(rng, {0, 0.1f, -0.5f, 2});
-    row.presence_penalty = OneOf<float>(rng, {0, 0.3f, -1});
-  }
-  if (maybe()) {
-    std::vector<int32_t> tokens;
-    for (size_t i = rng() % 300; i > 0; --i) tokens.push_back(token());
-    std::sort(tokens.begin(), tokens.end());
-    tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
-    std::shuffle(tokens.begin(), tokens.end(), rng);
-    for (const int32_t t : tokens) lists->counts.emplace_back(t, static_cast<int>(rng() % 9));
-  }
-  if (maybe()) {
-    for (size_t i = rng() % 300; i > 0; --i) {
-      lists->bias.emplace_back(token(), OneOf<float>(rng, {-100, -1, 0.5f, 3, 100}));
-    }
-  }
-  if (maybe()) {
-    for (size_t i = rng() % 8; i > 0; --i) lists->banned.push_back(token());
-  }
-  if (maybe()) {
-    lists->allowed.assign((vocab_size + 31) / 32, 0);
-    switch (rng() % 4) {
-      case 0: {  // one token
-        const int32_t only = token();
-        lists->allowed[only / 32] |= 1u << (only % 32);
-        break;
-      }
-      case 1:  // none
-        break;
-      default:
-        for (uint32_t& word : lists->allowed) word = rng();
-    }
-  }
-  return lists;
-}
-
 }  // namespace
 
 TEST_CASE("plain greedy rows give the CPU's tokens: ties, NaN, infinities, any alignment") {
@@ -441,7 +160,7 @@ TEST_CASE("random rows with every combination of parameters draw the CPU's token
   std::mt19937 rng(kSeed);
   Gpu gpu;
   Tally tally;
-  for (int trial = 0; trial < 500; ++trial) {
+  for (int trial = 0; trial < Sized(500, 25); ++trial) {
     CAPTURE(trial);
     const int64_t vocab_size =
         trial % 25 == 24 ? OneOf<int>(rng, {128256, 151936, 262144})
@@ -459,7 +178,7 @@ TEST_CASE("random rows with every combination of parameters draw the CPU's token
   }
   WARN(tally.rows << " rows, " << tally.decided << " clear of every edge, " << tally.unequal
                   << " unequal to the CPU's");
-  REQUIRE(tally.rows > 3000);
+  REQUIRE(tally.rows > Sized(3000, 100));
   REQUIRE(tally.decided > tally.rows * 8 / 10);
 }
 
