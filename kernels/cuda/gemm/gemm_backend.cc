@@ -28,6 +28,11 @@ constexpr int64_t kMinOrdered = 8;
 constexpr int64_t kMaxOrdered = 64;
 constexpr int64_t kMaxOrderedGated = 256;
 constexpr int64_t kMinOrderedElements = 8 << 20;
+// Long sums that the kernel splits: cuBLASLt needs rows of x in 64s for its best (cublas_lt.cc).
+// Down of Llama-3.1-8B, us with the kernel and with cuBLASLt (gemm_cuda_bench, H100, 2026-11-26):
+// 80 rows 44.0 and 47.8, 112 rows 44.8 and 49.1, 160 rows 48.4 and 52.7, 224 rows 51.1 and 59.2;
+// but 128 rows 45.5 and 44.2, 256 rows 53.1 and 52.5.
+constexpr int64_t kMaxOrderedLong = 256;
 // For cuBLASLt, packed weights are dequantised each time.
 constexpr int64_t kMaxStreamedFP8 = 96;
 constexpr int64_t kMaxStreamedQuantized = 192;
@@ -153,7 +158,7 @@ class CudaGemm final : public GemmBackend {
     for (int i = 0; i < params.num_outputs; ++i) {
       if (is_done[i]) continue;
       const DeviceMatrix& first = MatrixOf(params.outputs[i].weight);
-      if (IsOrdered(first, params.x.shape[0], kMaxOrdered)) {
+      if (IsOrdered(first, params.x.shape[0], MostOrdered(first, params.x.shape[0]))) {
         MultiplyInOrder(params.x, params.outputs[i]);
         continue;
       }
@@ -211,6 +216,11 @@ class CudaGemm final : public GemmBackend {
         break;
     }
     return m <= kMaxStreamedQuantized;
+  }
+
+  static int64_t MostOrdered(const DeviceMatrix& matrix, int64_t m) {
+    const bool is_long = matrix.rows <= kMaxPartedRows && matrix.cols >= 2 * matrix.rows;
+    return is_long && m % 64 != 0 ? kMaxOrderedLong : kMaxOrdered;
   }
 
   // `most`: rows in normal mode.

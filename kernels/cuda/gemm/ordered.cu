@@ -379,15 +379,14 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, 1)
 
 namespace {
 
-// W of no more rows is summed in parts. On an H100 (2026-11-26), us by 1, 64 and 2048 rows of x, as
-// one chain and in two parts: down of Llama-3.1-8B (4096 x 14336) 49, 63, 310 and 41, 43, 383, o
-// (4096 x 4096) 15.5, 23, 114 and 14.7, 16.4, 150. Four parts are no faster: clusters of four
-// blocks wait for each other's SMs.
-constexpr int kMaxPartedRows = 5120;
-
 int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// Parts of the columns that are summed by themselves, where y is fp32.
+// Parts of the columns that are summed by themselves, where y is fp32. On an H100 (2026-11-26), us
+// by 1, 64 and 2048 rows of x, as one chain and in two parts: down of Llama-3.1-8B (4096 x 14336)
+// 49, 63, 310 and 41, 43, 383, o (4096 x 4096) 15.5, 23, 114 and 14.7, 16.4, 150. Four parts, and x
+// read once for two or four tiles of 256 of its rows, are no faster: of the 132 SMs clusters of
+// four and eight blocks fill 120, and tiles of 64 by 256 rows are bound by the way to shared
+// memory.
 int PartsOf(const PlainProduct& product) {
   if (product.y_is_bf16 || product.n > kMaxPartedRows) return 1;
   return std::min(kMaxParts, CeilDiv(product.k, kTileChannels));

@@ -8,6 +8,9 @@
 
 namespace gloam::cuda {
 
+// W of no more rows is summed in two parts, where y is fp32.
+inline constexpr int kMaxPartedRows = 5120;
+
 // y = x w^T (+ bias) (+ y) for any number of rows of x. The order of the sums depends on w's shape
 // and y's type: a row's bits depend on nothing but the row and w. k is a multiple of 8, rows of x
 // are 16-byte aligned.
