@@ -15,4 +15,14 @@ inline void PrefetchRange(const void* data, int64_t bytes) {
   asm volatile("");
 }
 
+// Asks for the cache line of `data` in order to write it: one that another core has, or that this
+// one has only to read, would keep the store waiting.
+inline void PrefetchToWrite(void* data) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : "+m"(*static_cast<char*>(data)));
+#else
+  __builtin_prefetch(data, 1);
+#endif
+}
+
 }  // namespace gloam::cpu

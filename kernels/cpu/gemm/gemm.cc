@@ -11,10 +11,13 @@
 namespace gloam::cpu {
 namespace {
 
-// Pieces per thread: enough that threads finish together, few enough that taking one stays cheap.
-// Few rows read each weight once: then long pieces, for the hardware's prefetchers.
+// Pieces per thread, at least: enough that threads finish together, few enough that taking one
+// stays cheap. Few rows read each weight once: then long pieces, for the hardware's prefetchers.
 constexpr int64_t kPiecesPerThread = 8;
 constexpr int64_t kPiecesPerThreadFewRows = 2;
+// Of more rows a piece has about so many rows times runs of a panel, which take some 10 us: what
+// the last piece costs the other threads.
+constexpr int64_t kRowRunsPerPiece = 2048;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -113,10 +116,14 @@ void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool
   const int64_t num_full_blocks = CeilDiv(num_rows, kMaxRowsPerCall / rows_per_row);
   const int64_t rows_per_block = CeilDiv(CeilDiv(num_rows, num_full_blocks), kRowGroup) * kRowGroup;
   const int64_t num_row_blocks = CeilDiv(num_rows, rows_per_block);
-  const int64_t pieces_per_thread =
-      num_rows * rows_per_row <= kFewRows ? kPiecesPerThreadFewRows : kPiecesPerThread;
+  const bool few_rows = num_rows * rows_per_row <= kFewRows;
+  const int64_t pieces_per_thread = few_rows ? kPiecesPerThreadFewRows : kPiecesPerThread;
   const int64_t wanted_pieces = CeilDiv(pieces_per_thread * pool.num_threads(), num_row_blocks);
-  const int64_t panels_per_piece = CeilDiv(num_panels, wanted_pieces);
+  int64_t panels_per_piece = CeilDiv(num_panels, wanted_pieces);
+  if (!few_rows) {
+    const int64_t row_runs = rows_per_block * rows_per_row * CeilDiv(x.shape[1], kRunElements);
+    panels_per_piece = std::clamp<int64_t>(kRowRunsPerPiece / row_runs, 1, panels_per_piece);
+  }
   const int64_t pieces_per_block = CeilDiv(num_panels, panels_per_piece);
   pool.ParallelFor(num_row_blocks * pieces_per_block, [&](int64_t piece, int) {
     const int64_t row = piece / pieces_per_block * rows_per_block;

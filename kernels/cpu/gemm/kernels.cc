@@ -17,6 +17,7 @@
 
 #include "kernels/cpu/gemm/dot-inl.h"
 #include "kernels/cpu/gemm/unpack-inl.h"
+#include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/vectors-inl.h"
 
 #ifndef GLOAM_GEMM_KERNELS_ONCE
@@ -38,6 +39,8 @@ namespace {
 static_assert(kPanelRows == kNeighbours);
 constexpr int kTileRows = HWY_TARGET == HWY_AVX3 ? 8 : 4;
 constexpr int kTileStrips = HWY_TARGET == HWY_AVX2 ? 2 : 1;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #if HWY_TARGET == HWY_AVX3
 bool UseVnni() {
@@ -117,13 +120,8 @@ HWY_INLINE void AddQuads(const Run& x, const QuadOf& quad, int begin, VI dot[kRo
         }
       };
       add(first, std::true_type());
-      if constexpr (kWidth == 1) {
-        GLOAM_UNROLL
-        for (int j = first + 1; j < first + kStep; ++j) add(j, std::false_type());
-      } else {  // long enough as it is: to unroll it only costs the compiler's time
-        HWY_UNROLL(1)
-        for (int j = first + 1; j < first + kStep; ++j) add(j, std::false_type());
-      }
+      GLOAM_UNROLL
+      for (int j = first + 1; j < first + kStep; ++j) add(j, std::false_type());
       GLOAM_UNROLL
       for (int r = 0; r < kRows; ++r) {
         GLOAM_UNROLL
@@ -177,17 +175,21 @@ HWY_INLINE void AddRun(const Run& x, const RunScales<F, kWidth>& scales, const Q
 }
 
 // kRows rows of activations times kTileStrips strips of a panel, over one unpacked chunk of
-// columns.
+// columns. Asks for its share of what is unpacked next: all of it at once would fill the queues of
+// outstanding loads.
 template <typename DotT, typename F>
 struct ChunkTile {
   const QuantChunk* chunk;
-  QuantizedRows x;    // first row of the call, groups of kRowGroup
-  int64_t first_run;  // of the chunk
-  int lane;           // of the first strip
-  float* sums;        // [num_rows][16]
+  QuantizedRows x;        // first row of the call, groups of kRowGroup
+  int64_t first_run;      // of the chunk
+  int lane;               // of the first strip
+  float* sums;            // [num_rows][16]
+  const std::byte* next;  // what follows the chunk in memory
+  int64_t next_bytes;     // to ask for, per row of activations
 
   template <int kRows>
   void Run(int first_row) const {
+    PrefetchRange(next + first_row * next_bytes, kRows * next_bytes);
     using XRun = ActivationRun<kRowGroup>;
     const QuantizedRows group = x.Skip(first_row / kRowGroup * kRowGroup);
     XRun x_run = {group.data + first_run * XRun::kBytes, first_row % kRowGroup};
@@ -197,7 +199,8 @@ struct ChunkTile {
     for (int r = 0; r < kRows; ++r) {
       GLOAM_UNROLL
       for (int s = 0; s < kTileStrips; ++s) {
-        sum[r][s] = hn::Load(df, row_sums + r * kPanelRows + s * kLanes);
+        sum[r][s] =
+            first_run == 0 ? hn::Zero(df) : hn::Load(df, row_sums + r * kPanelRows + s * kLanes);
       }
     }
     for (int run = 0; run < chunk->num_runs; ++run, x_run.group += XRun::kBytes) {
@@ -354,12 +357,19 @@ struct MultiplyPanel {
   template <typename F>
   void Run() const {
     if (x.group_rows < kRowGroup) return RunFew<F, 1>();
-    std::memset(sums, 0, num_rows * kPanelRows * sizeof(float));
     QuantChunk chunk;
-    for (int64_t run = 0; run < weight.num_runs(); run += kChunkRuns) {
-      LoadChunk<F>(weight, panel, run, chunk);
+    const int64_t num_chunks = CeilDiv(weight.num_runs(), kMaxChunkRuns);
+    const int64_t chunk_runs = CeilDiv(weight.num_runs(), num_chunks);
+    // The hardware's prefetchers stop at page ends. Past the weight's end a prefetch is forgiven.
+    const int64_t next_bytes = CeilDiv(weight.layout().panel_bytes, num_chunks);
+    for (int64_t run = 0; run < weight.num_runs(); run += chunk_runs) {
+      const int64_t num_runs = std::min(chunk_runs, weight.num_runs() - run);
+      LoadChunk<F>(weight, panel, run, static_cast<int>(num_runs), chunk);
+      const std::byte* next =
+          weight.Panel(panel) + run * F::kRunBytes + std::max<int64_t>(next_bytes, 4096);
       for (int lane = 0; lane < kPanelRows; lane += kTileStrips * kLanes) {
-        const ChunkTile<DotOf<F>, F> tile = {&chunk, x, run, lane, sums};
+        const ChunkTile<DotOf<F>, F> tile = {
+            &chunk, x, run, lane, sums, next, lane == 0 ? CeilDiv(next_bytes, num_rows) : 0};
         RunTiles<kTileRows>(tile, 0, num_rows);
       }
     }
@@ -378,6 +388,10 @@ struct MultiplyPanel {
 void MultiplyPanelInt8(const PackedWeight& weight, int64_t panel, const QuantizedRows& x,
                        int num_rows, const PanelOutput& out) {
   alignas(64) float sums[kMaxRowsPerCall * kPanelRows];
+  // Rows of y lie far apart, and many of their lines are in another core's cache: they come while
+  // the sums are made.
+  const int num_outputs = out.precise ? num_rows / 2 : num_rows;
+  for (int row = 0; row < num_outputs; ++row) PrefetchToWrite(out.y + row * out.row_stride);
 #if HWY_TARGET == HWY_AVX3
   if (UseVnni()) {
     WithFormat(weight.type(), MultiplyPanel<true>{weight, panel, x, num_rows, sums});
@@ -393,10 +407,10 @@ void MultiplyPanelInt8(const PackedWeight& weight, int64_t panel, const Quantize
 void MultiplyPanelF32(const PackedWeight& weight, int64_t panel, const float* x, int64_t x_stride,
                       int num_rows, const PanelOutput& out) {
   alignas(64) float sums[kMaxRowsPerCall * kPanelRows];
-  alignas(64) float weights[kChunkCols * kPanelRows];
+  alignas(64) float weights[kChunkColsF32 * kPanelRows];
   std::memset(sums, 0, num_rows * kPanelRows * sizeof(float));
-  for (int64_t col = 0; col < weight.cols(); col += kChunkCols) {
-    const int num_cols = static_cast<int>(std::min<int64_t>(kChunkCols, weight.cols() - col));
+  for (int64_t col = 0; col < weight.cols(); col += kChunkColsF32) {
+    const int num_cols = static_cast<int>(std::min<int64_t>(kChunkColsF32, weight.cols() - col));
     LoadChunkF32(weight, panel, col, num_cols, weights);
     for (int lane = 0; lane < kPanelRows; lane += kLanes) {
       const F32Tile tile = {weights, num_cols, x + col, x_stride, lane, sums};
@@ -407,11 +421,11 @@ void MultiplyPanelF32(const PackedWeight& weight, int64_t panel, const float* x,
 }
 
 void UnpackRow(const PackedWeight& weight, int64_t row, float* out) {
-  alignas(64) float chunk[kChunkCols * kPanelRows];
+  alignas(64) float chunk[kChunkColsF32 * kPanelRows];
   const int64_t panel = row / kPanelRows;
   const int64_t lane = row % kPanelRows;
-  for (int64_t col = 0; col < weight.cols(); col += kChunkCols) {
-    const int num_cols = static_cast<int>(std::min<int64_t>(kChunkCols, weight.cols() - col));
+  for (int64_t col = 0; col < weight.cols(); col += kChunkColsF32) {
+    const int num_cols = static_cast<int>(std::min<int64_t>(kChunkColsF32, weight.cols() - col));
     LoadChunkF32(weight, panel, col, num_cols, chunk);
     for (int i = 0; i < num_cols; ++i) out[col + i] = chunk[i * kPanelRows + lane];
   }

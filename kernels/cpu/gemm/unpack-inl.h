@@ -12,18 +12,20 @@
 #define GLOAM_GEMM_UNPACK_ONCE
 namespace gloam::cpu {
 
-// Columns are taken in chunks of one super-block, unpacked to a buffer that stays in the L1 cache
-// while all rows of activations pass over it.
-constexpr int kChunkRuns = kRunsPerSuperBlock;
-constexpr int kChunkCols = kChunkRuns * kRunElements;
+// Columns are taken in chunks, unpacked to a buffer that stays in the L1 cache while all rows of
+// activations pass over it: beside int8 activations up to 24 runs (12 KiB), so that 768 columns are
+// one chunk, beside fp32 ones a super-block (16 KiB).
+constexpr int kMaxChunkRuns = 24;
+constexpr int kChunkRunsF32 = kRunsPerSuperBlock;
+constexpr int kChunkColsF32 = kChunkRunsF32 * kRunElements;
 constexpr int kQuadsPerRun = kRunElements / 4;
 constexpr int kRunQuantBytes = kPanelRows * kRunElements;
 
 // Part of a quantised panel, unpacked to bytes and fp32 scales.
 struct QuantChunk {
-  alignas(64) uint8_t storage[kChunkRuns * kRunQuantBytes];
-  alignas(64) float scales[kChunkRuns][2][kPanelRows];
-  alignas(64) float mins[kChunkRuns][kPanelRows];
+  alignas(64) uint8_t storage[kMaxChunkRuns * kRunQuantBytes];
+  alignas(64) float scales[kMaxChunkRuns][2][kPanelRows];
+  alignas(64) float mins[kMaxChunkRuns][kPanelRows];
   const uint8_t* quants = nullptr;  // [num_runs][8 quads][16 rows][4 columns]
   int num_runs = 0;
 };
@@ -159,22 +161,15 @@ HWY_INLINE void LoadScales(const std::byte* scales, int64_t run, int lane, VF sc
   }
 }
 
-// Fetches what lies kPrefetchBytes past [data, data + bytes): the hardware's prefetchers stop at
-// page ends. May run past the weight's end, which a prefetch forgives.
-void Prefetch(const std::byte* data, int64_t bytes) {
-  constexpr int64_t kPrefetchBytes = 4096;
-  PrefetchRange(data + kPrefetchBytes, bytes);
-}
-
-// Unpacks the chunk that begins at run `first_run` of a panel.
+// Unpacks `num_runs` runs of a panel from `first_run` on.
 template <typename F>
-void LoadChunk(const PackedWeight& weight, int64_t panel, int64_t first_run, QuantChunk& chunk) {
+void LoadChunk(const PackedWeight& weight, int64_t panel, int64_t first_run, int num_runs,
+               QuantChunk& chunk) {
   const std::byte* data = weight.Panel(panel);
   const std::byte* quants = data + first_run * F::kRunBytes;
   const std::byte* scales = data + weight.layout().scale_offset;
-  chunk.num_runs = static_cast<int>(std::min<int64_t>(kChunkRuns, weight.num_runs() - first_run));
+  chunk.num_runs = num_runs;
   chunk.quants = F::kBits == 8 ? reinterpret_cast<const uint8_t*>(quants) : chunk.storage;
-  Prefetch(quants, kChunkRuns * F::kRunBytes);
   for (int run = 0; run < chunk.num_runs; ++run) {
     for (int lane = 0; lane < kPanelRows; lane += kLanes) {
       if constexpr (F::kBits != 8) {
@@ -204,7 +199,9 @@ struct DequantizeChunk {
   template <typename F>
   void Run() const {
     QuantChunk chunk;
-    LoadChunk<F>(weight, panel, first_run, chunk);
+    const int64_t runs_left = weight.num_runs() - first_run;
+    LoadChunk<F>(weight, panel, first_run,
+                 static_cast<int>(std::min<int64_t>(kChunkRunsF32, runs_left)), chunk);
     constexpr int kOffset = F::kHasMin ? 0 : 1 << F::kLogOffset;
     for (int lane = 0; lane < kPanelRows; lane += kLanes) {
       for (int run = 0; run < chunk.num_runs; ++run) {
