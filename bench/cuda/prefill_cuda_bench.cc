@@ -147,7 +147,9 @@ int Main(bool without_fa3, DType dtype) {
         Shape{32, 32, 128, 2048, 2048}, Shape{32, 32, 128, 8192, 8192},
         Shape{32, 32, 128, 32768, 32768}, Shape{32, 32, 128, 2048, 16384},
         Shape{32, 8, 64, 8192, 8192}, Shape{32, 8, 64, 2048, 16384}, Shape{32, 8, 128, 20, 16384},
-        Shape{32, 8, 128, 128, 16384}, Shape{32, 8, 128, 512, 16384}}) {
+        Shape{32, 8, 128, 128, 16384}, Shape{32, 8, 128, 512, 16384},
+        // Contexts that end inside a block.
+        Shape{32, 8, 128, 2043, 2043}, Shape{32, 8, 64, 2043, 2043}}) {
     Measure(shape, dtype, context);
   }
   return 0;

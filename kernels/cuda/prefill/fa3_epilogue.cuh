@@ -6,13 +6,30 @@
 
 #include <flashinfer/attention/hopper/prefill_sm90.cuh>
 
+#include "kernels/cuda/shared_barrier.cuh"
+
 namespace gloam::cuda {
+
+// FlashInfer's traits, with a barrier for what follows.
+template <typename Base>
+struct TileTraits : Base {
+  struct SharedStorage : Base::SharedStorage {
+    SharedBarrier results_read;  // a phase per tile
+  };
+};
 
 template <typename Traits>
 class TileEpilogue : public flashinfer::CollectiveEpilogue<Traits> {
   using Base = flashinfer::CollectiveEpilogue<Traits>;
 
  public:
+  // The kernel makes one in every thread, before all meet for the first time.
+  CUTLASS_DEVICE TileEpilogue() {
+    extern __shared__ char shared_memory[];
+    auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
+    if (threadIdx.x == 0) shared.results_read.Init(Base::NUM_MMA_THREADS);
+  }
+
   // Called by all multiplying threads.
   template <typename Coord, typename Storage, typename Sums, typename Lse, typename Mma>
   CUTLASS_DEVICE void store(const typename Base::Params& params, const Sums& sums, const Lse&,
@@ -23,33 +40,27 @@ class TileEpilogue : public flashinfer::CollectiveEpilogue<Traits> {
     const auto rounded = flashinfer::convert_type<typename Base::DTypeO>(sums);
     const auto to_shared = cute::make_tiled_copy_C(typename Base::SmemCopyAtomO{}, mma);
     const auto own = to_shared.get_thread_slice(thread);
-    Sync(kValueBarrier, Base::NUM_MMA_THREADS);  // all have read the values
+    Sync();  // all have read the values
     cute::copy(to_shared, own.retile_S(rounded), own.partition_D(results));
-    Sync(kValueBarrier, Base::NUM_MMA_THREADS);  // all results are there
+    Sync();  // all results are there
     flashinfer::write_O<Base::NUM_COPY_THREADS>(
         params.O_ptr, typename Base::TiledCopyO{}, params.layout_O,
         cute::select<0, 1>(typename Base::TileShape_PDV{}), results, thread, q_tile, q_head,
         q_begin, q_len, /*write_warp_idx=*/0);
-    AwaitResultsRead();
-  }
-
-  // For the producer warp and the multiplying threads, once for every tile: results have been read,
-  // values may come in their place.
-  CUTLASS_DEVICE static void AwaitResultsRead() {
-    Sync(kResultBarrier, Base::NUM_MMA_THREADS + cutlass::NumThreadsPerWarp);
+    // Not by another named barrier: of warps that meet at several racecheck (2025.3) reports, in
+    // some runs, accesses that a bar.sync of all of them stands between.
+    shared.results_read.Arrive();
   }
 
  private:
-  // After CUTLASS's own and those of flashinfer::NamedBarriers.
-  static constexpr int kFirstBarrier =
-      static_cast<int>(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier);
+  // After CUTLASS's own.
   static constexpr int kValueBarrier =
-      kFirstBarrier + static_cast<int>(flashinfer::NamedBarriers::kValueEmpty);
-  static constexpr int kResultBarrier = kFirstBarrier + 7;
+      static_cast<int>(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier) +
+      static_cast<int>(flashinfer::NamedBarriers::kValueEmpty);
 
-  // Unlike CUTLASS's, nothing that reads or writes memory may move across it.
-  CUTLASS_DEVICE static void Sync(int barrier, int num_threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+  // All multiplying threads. Unlike CUTLASS's, nothing that reads or writes memory may move across.
+  CUTLASS_DEVICE static void Sync() {
+    asm volatile("bar.sync %0, %1;" ::"r"(kValueBarrier), "r"(Base::NUM_MMA_THREADS) : "memory");
   }
 };
 

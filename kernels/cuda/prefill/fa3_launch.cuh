@@ -16,11 +16,12 @@ namespace gloam::cuda {
 template <typename T, int kHeadDim>
 void RunFa3(const Fa3Params& params) {
   // Tiles of query rows (plan.h: Fa3TileRows) by 128 tokens, in two stages.
-  using Traits =
+  using KernelTraits =
       flashinfer::AttentionKernelTraits</*USE_TMA_LOAD_KV=*/true, kHeadDim, kHeadDim,
                                         /*CTA_Q=*/kHeadDim == 64 ? 192 : 128, /*CTA_KV=*/128,
                                         /*NUM_STAGES=*/2, T, T, cutlass::bfloat16_t, int32_t,
                                         flashinfer::StandardAttention>;
+  using Traits = TileTraits<KernelTraits>;
   using Loads = PagedLoads<Traits>;
   using Epilogue = typename Loads::Epilogue;
   using Scheduler = flashinfer::BatchPrefillPersistentTileScheduler<int32_t>;

@@ -98,7 +98,7 @@ class PagedLoads {
       }
     }
     __syncwarp();
-    if (work_index > 0) Epilogue::AwaitResultsRead();  // results lie where values will
+    if (work_index > 0) shared.results_read.Wait(work_index - 1);  // they lie where values will
 
     if (kv_len % kPageTokens != 0 && (tile + 1) * kTileTokens > kv_len) {
       // The tile has a page whose rows are not all the context's.
@@ -121,10 +121,9 @@ class PagedLoads {
     CopyTile(params, context, block, 1, values, values_state, shared.smem_v.data());
   }
 
-  // Before the thread block ends: waits until nothing is read any more.
+  // Before the thread block ends: waits until keys and values are not read any more.
   CUTLASS_DEVICE void load_tail(MainloopPipeline keys, MainloopPipeline values,
                                 PipelineState& keys_state, PipelineState& values_state) {
-    if (keys_state.count() > 0) Epilogue::AwaitResultsRead();  // of the last tile
     keys.producer_tail(keys_state);
     values.producer_tail(values_state);
   }
