@@ -228,7 +228,11 @@ class Program {
     CLI::App* bench = app_.add_subcommand("bench", "Measure speed");
     bench->require_subcommand(1);
     CLI::App* local = bench->add_subcommand(
-        "throughput", "Prefill and decode in this process, by context and concurrency");
+        "throughput",
+        "Prefill and decode in this process, by context and concurrency.\n"
+        "prefill tok/s: prompt tokens until the last stream has its first token;\n"
+        "decode tok/s: tokens of all streams from then until the last one;\n"
+        "TTFT: time to the first token of any stream.");
     local->callback([this] {
       run_ = [this] {
         return WithSettings(*bench_, [this](const ServeOptions& options) {
