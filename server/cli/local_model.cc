@@ -182,6 +182,9 @@ std::string LocalModel::Describe() const {
       static_cast<double>(weight_bytes_) / 1e9, load_seconds_, stats.num_blocks_total, kBlockTokens,
       kv_tokens, kv_cache_dtype_, static_cast<double>(kv_tokens) / engine_->max_model_len(),
       policies.default_name(), num_usable, policies.policies().size());
+  if (kv_cache_dtype_ == KvDTypeName(DType::kF8E4M3) && !SuitsFp8Kv(config)) {
+    text += "  warning   attention biases make this model's keys too large for fp8 (auto: f16)\n";
+  }
   if (engine_->memory_plan() != nullptr) {
     text += "  memory\n" + engine_->memory_plan()->Table(/*indent=*/12);
   }

@@ -23,7 +23,7 @@ constexpr int kSkipped = 77;  // what ctest is told (SKIP_RETURN_CODE)
 constexpr size_t kNumTexts = 16;
 constexpr size_t kTextTokens = 160;
 constexpr int kGenerated = 32;
-// The bounds that the project promises; the second with an fp8 cache.
+// The bounds that the project promises; the second with an fp8 cache, of models that suit it.
 constexpr double kMaxMeanDifference = 0.02;
 constexpr double kMaxFp8Difference = 0.12;  // SmolLM2 on an H100: 0.069
 // The reference's margin above which the most likely token must be the same: two tokens that move
@@ -89,7 +89,7 @@ int Run(const std::string& argument) {
             "the CPU in fp32, with an fp8 cache");
   const bool good = total.mean_difference() <= kMaxMeanDifference && total.num_disagree == 0 &&
                     total.num_rows > 0 && total.num_clear > 0 &&
-                    fp8.mean_difference() <= kMaxFp8Difference;
+                    (fp8.mean_difference() <= kMaxFp8Difference || !SuitsFp8Kv(config));
   fmt::print("{}\n", good ? "passed" : "FAILED");
   return good ? 0 : 1;
 }
