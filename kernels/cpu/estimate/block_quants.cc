@@ -129,23 +129,9 @@ void EstimateOfType(const EstimateCall& call, const Mirror& mirror) {
   }
 }
 
-template <typename DotT>
-void EstimateOfBits(const EstimateCall& call, const Mirror& mirror) {
-  switch (mirror.bits) {
-    case 2:
-      return EstimateOfType<DotT, 2>(call, mirror);
-    case 4:
-      return EstimateOfType<DotT, 4>(call, mirror);
-    default:  // 8: the caller has checked
-      return EstimateOfType<DotT, 8>(call, mirror);
-  }
-}
-
 void EstimateFromBlockQuantsTarget(const EstimateCall& call, const Mirror& mirror) {
-#if HWY_TARGET == HWY_AVX3
-  if (UseVnni()) return EstimateOfBits<DotVnni>(call, mirror);
-#endif
-  EstimateOfBits<Dot>(call, mirror);
+  WithDotAndBits(mirror.bits, [&](auto dot, auto bits)
+                                  HWY_ATTR { EstimateOfType<decltype(dot), bits>(call, mirror); });
 }
 
 }  // namespace

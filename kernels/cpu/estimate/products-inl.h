@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/estimate/kernels.h"
@@ -72,6 +73,27 @@ bool UseVnni() {
   return has_vnni && !EstimateVnniDisabled();
 }
 #endif
+
+template <typename DotT, typename F>
+void WithBits(int bits, const F& f) {
+  switch (bits) {
+    case 2:
+      return f(DotT(), std::integral_constant<int, 2>());
+    case 4:
+      return f(DotT(), std::integral_constant<int, 4>());
+    default:  // 8: the caller has checked
+      return f(DotT(), std::integral_constant<int, 8>());
+  }
+}
+
+// Calls f(dot, std::integral_constant<int, bits>) with the host's best Dot.
+template <typename F>
+void WithDotAndBits(int bits, const F& f) {
+#if HWY_TARGET == HWY_AVX3
+  if (UseVnni()) return WithBits<DotVnni>(bits, f);
+#endif
+  WithBits<Dot>(bits, f);
+}
 
 // ---- Products --------------------------------------------------------------------------------
 

@@ -100,23 +100,10 @@ void EstimateTokenQuant(const EstimateCall& call, const Mirror& mirror) {
                 });
 }
 
-template <typename DotT>
-void EstimateOfBits(const EstimateCall& call, const Mirror& mirror) {
-  switch (mirror.bits) {
-    case 2:
-      return EstimateTokenQuant<DotT, 2>(call, mirror);
-    case 4:
-      return EstimateTokenQuant<DotT, 4>(call, mirror);
-    default:  // 8: the caller has checked
-      return EstimateTokenQuant<DotT, 8>(call, mirror);
-  }
-}
-
 void EstimateFromTokenQuantsTarget(const EstimateCall& call, const Mirror& mirror) {
-#if HWY_TARGET == HWY_AVX3
-  if (UseVnni()) return EstimateOfBits<DotVnni>(call, mirror);
-#endif
-  EstimateOfBits<Dot>(call, mirror);
+  WithDotAndBits(mirror.bits, [&](auto dot, auto bits) HWY_ATTR {
+    EstimateTokenQuant<decltype(dot), bits>(call, mirror);
+  });
 }
 
 }  // namespace
