@@ -43,7 +43,8 @@ def sparse_server(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sparsity")
     (folder / "channels").mkdir()
     channels = folder / "channels" / f"{request.param}.json"
-    command = [str(binary()), "calibrate", request.param, "--text", str(ROOT / "README.md")]
+    texts = [str(ROOT / name) for name in ("ARCHITECTURE.md", "docs/results.md")]
+    command = [str(binary()), "calibrate", request.param, "--context", "1024", "--text", *texts]
     subprocess.run([*command, "--out", str(channels)], check=True, capture_output=True)
     (folder / "ds_top_p.json").write_text(json.dumps(DS_TOP_P))
     process = GloamProcess(
