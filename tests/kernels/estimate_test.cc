@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "catch2/catch.hpp"
-#include "kernels/cpu/estimate/kernels.h"
+#include "kernels/cpu/vnni.h"
 #include "tests/kernels/sidecar_cache.h"
 #include "tests/kernels/simd_targets.h"
 
@@ -303,10 +303,10 @@ TEST_CASE("estimates from mirrors are the same on every SIMD target") {
         ForEachSimdTarget([&] {
           for (const bool without_vnni : {false, true}) {
             CAPTURE(without_vnni, bits, static_cast<int>(dtype), static_cast<int>(type));
-            DisableEstimateVnniForTest(without_vnni);
+            DisableVnniForTest(without_vnni);
             REQUIRE(f.Run(type) == expected);
           }
-          DisableEstimateVnniForTest(false);
+          DisableVnniForTest(false);
         });
       }
       const std::vector<float> expected = f.RunLabels();

@@ -11,7 +11,7 @@
 #include "catch2/catch.hpp"
 #include "hwy/targets.h"
 #include "kernels/cpu/cpu_kernels.h"
-#include "kernels/cpu/gemm/kernels.h"
+#include "kernels/cpu/vnni.h"
 #include "kernels/quant_block.h"
 #include "tests/kernels/random_weight.h"
 

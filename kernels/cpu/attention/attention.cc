@@ -14,6 +14,7 @@
 
 #include "kernels/cpu/attention/tile.h"
 #include "kernels/cpu/carver.h"
+#include "kernels/cpu/ceil_div.h"
 #include "kernels/cpu/cpu_kernels.h"
 
 namespace gloam::cpu {
@@ -29,8 +30,6 @@ constexpr int64_t kMinParallelCost = 4096;
 constexpr int64_t kTasksPerThread = 12;
 // Partials of split tiles may take this much memory; beyond it a tile stays whole.
 constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Some consecutive tokens of one sequence and some neighbouring KV heads.
 struct TokenTile {

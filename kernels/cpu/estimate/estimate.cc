@@ -2,15 +2,12 @@
 #include "kernels/estimate.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "kernels/cpu/estimate/kernels.h"
 #include "kernels/cpu/sidecars/quant_rows.h"
 
 namespace gloam::cpu {
 namespace {
-
-std::atomic<bool> vnni_disabled{false};
 
 void CheckKeys(const KeyBlocks& keys, int num_heads, int head_dim) {
   const KvLayout& layout = keys.kv.layout;
@@ -97,9 +94,5 @@ void EstimateFromLabels(const EstimateFromLabelsParams& params) {
                              .end_block = params.keys.num_blocks};
   EstimateFromTokenQuants(call, {SidecarKind::kLabels, bits, NumQuantRows(num_labels, bits)});
 }
-
-void DisableEstimateVnniForTest(bool disable) { vnni_disabled.store(disable); }
-
-bool EstimateVnniDisabled() { return vnni_disabled.load(std::memory_order_relaxed); }
 
 }  // namespace gloam::cpu

@@ -41,8 +41,4 @@ void EstimateFromBlockQuants(const EstimateCall& call, const Mirror& mirror);
 void EstimateFromTokenQuants(const EstimateCall& call, const Mirror& mirror);
 void EstimateFromKeys(const EstimateCall& call);
 
-// Makes the AVX-512 kernels do without VNNI, so that a test on a newer host covers that path.
-void DisableEstimateVnniForTest(bool disable);
-bool EstimateVnniDisabled();
-
 }  // namespace gloam::cpu

@@ -5,9 +5,9 @@
 #include <type_traits>
 
 #include "hwy/highway.h"
-#include "kernels/cpu/estimate/kernels.h"
 #include "kernels/cpu/estimate/weights-inl.h"
 #include "kernels/cpu/sidecars/quant_rows.h"
+#include "kernels/cpu/vnni.h"
 
 #if defined(GLOAM_ESTIMATE_PRODUCTS_INL_H) == defined(HWY_TARGET_TOGGLE)
 #ifdef GLOAM_ESTIMATE_PRODUCTS_INL_H
@@ -67,11 +67,6 @@ struct DotVnni {
   }
   static VI Total(VI sum) { return sum; }
 };
-
-bool UseVnni() {
-  static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
-  return has_vnni && !EstimateVnniDisabled();
-}
 #endif
 
 template <typename DotT, typename F>

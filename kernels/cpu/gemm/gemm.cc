@@ -4,6 +4,7 @@
 #include <array>
 
 #include "base/check.h"
+#include "kernels/cpu/ceil_div.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cpu/gemm/kernels.h"
 #include "kernels/cpu/gemm/packed_weight.h"
@@ -18,8 +19,6 @@ constexpr int64_t kPiecesPerThreadFewRows = 2;
 // Of more rows a piece has about so many rows times runs of a panel, which take some 10 us: what
 // the last piece costs the other threads.
 constexpr int64_t kRowRunsPerPiece = 2048;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const PackedWeight& Packed(const GemmOutput& output) {
   return static_cast<const PackedWeight&>(*output.weight);

@@ -1,12 +1,14 @@
 #include "kernels/cpu/gemm/kernels.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
 #include "base/check.h"
+#include "kernels/cpu/ceil_div.h"
+#include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/vnni.h"
 
 // Scalable vectors cannot be array elements, which the register tiles need.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
@@ -17,17 +19,7 @@
 
 #include "kernels/cpu/gemm/dot-inl.h"
 #include "kernels/cpu/gemm/unpack-inl.h"
-#include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/vectors-inl.h"
-
-#ifndef GLOAM_GEMM_KERNELS_ONCE
-#define GLOAM_GEMM_KERNELS_ONCE
-namespace gloam::cpu {
-
-inline std::atomic<bool> vnni_disabled{false};
-
-}  // namespace gloam::cpu
-#endif  // GLOAM_GEMM_KERNELS_ONCE
 
 HWY_BEFORE_NAMESPACE();
 namespace gloam::cpu {
@@ -39,15 +31,6 @@ namespace {
 static_assert(kPanelRows == kNeighbours);
 constexpr int kTileRows = HWY_TARGET == HWY_AVX3 ? 8 : 4;
 constexpr int kTileStrips = HWY_TARGET == HWY_AVX2 ? 2 : 1;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-#if HWY_TARGET == HWY_AVX3
-bool UseVnni() {
-  static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
-  return has_vnni && !vnni_disabled.load(std::memory_order_relaxed);
-}
-#endif
 
 // ---- Tiles -----------------------------------------------------------------------------------
 
@@ -517,8 +500,6 @@ void MultiplyPanelF32(const PackedWeight& weight, int64_t panel, const float* x,
 void UnpackRow(const PackedWeight& weight, int64_t row, float* out) {
   HWY_DYNAMIC_DISPATCH(UnpackRow)(weight, row, out);
 }
-
-void DisableVnniForTest(bool disable) { vnni_disabled.store(disable); }
 
 }  // namespace gloam::cpu
 #endif  // HWY_ONCE

@@ -65,7 +65,4 @@ void MultiplyPanelF32(const PackedWeight& weight, int64_t panel, const float* x,
 // Dequantises one row of the weight: out is [cols].
 void UnpackRow(const PackedWeight& weight, int64_t row, float* out);
 
-// Makes the AVX-512 kernels do without VNNI, so that a test on a newer host covers that path.
-void DisableVnniForTest(bool disable);
-
 }  // namespace gloam::cpu
