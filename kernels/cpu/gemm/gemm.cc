@@ -8,6 +8,7 @@
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cpu/gemm/kernels.h"
 #include "kernels/cpu/gemm/packed_weight.h"
+#include "kernels/cpu/row_tasks.h"
 
 namespace gloam::cpu {
 namespace {
@@ -19,6 +20,8 @@ constexpr int64_t kPiecesPerThreadFewRows = 2;
 // Of more rows a piece has about so many rows times runs of a panel, which take some 10 us: what
 // the last piece costs the other threads.
 constexpr int64_t kRowRunsPerPiece = 2048;
+// Activations that one thread quantises in 1 to 2 us; less is not worth a second thread.
+constexpr int64_t kQuantizeGrain = 4096;
 
 const PackedWeight& Packed(const GemmOutput& output) {
   return static_cast<const PackedWeight&>(*output.weight);
@@ -53,11 +56,12 @@ QuantizedRows QuantizeActivations(const TensorView& x, bool precise, ThreadPool&
   out.data = static_cast<std::byte*>(
       scratch.Get(num_groups * out.group_rows * out.num_runs * QuantizedRows::kBytesPerRun));
   const auto* in = x.Data<const float>();
-  // A piece of 16K elements takes about 2 us: less is not worth a second thread.
-  const int64_t rows_per_piece = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols));
-  pool.ParallelFor(CeilDiv(num_rows, rows_per_piece), [&](int64_t piece, int) {
-    const int64_t end = std::min(num_rows, (piece + 1) * rows_per_piece);
-    for (int64_t row = piece * rows_per_piece; row < end; ++row) {
+  // Rows of a group share cache lines.
+  const int64_t rows_per_group = out.group_rows / rows_per_row;
+  const int64_t group_elements = rows_per_group * cols;
+  ForRows(pool, num_groups, group_elements, kQuantizeGrain, [&](int64_t begin, int64_t end) {
+    const int64_t end_row = std::min(num_rows, end * rows_per_group);
+    for (int64_t row = begin * rows_per_group; row < end_row; ++row) {
       QuantizeRow(in + row * x.strides[0], precise, out, row * rows_per_row);
     }
   });
