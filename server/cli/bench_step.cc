@@ -70,6 +70,7 @@ class StepBench {
     const double median = Median(ms);
     const int64_t kv_bytes = int64_t{batch} * BlocksFor(context) * kv_plan_.bytes_per_block;
     const double gigabytes = static_cast<double>(StepWeightBytes() + kv_bytes) / 1e9;
+    // The first step that counts has context + kWarmUpSteps + 1 tokens, the last steps - 1 more.
     row["mean_context"] = context + kWarmUpSteps + (options_.steps + 1) / 2.0;
     row["ms"] = median;
     row["min_ms"] = *std::min_element(ms.begin(), ms.end());
