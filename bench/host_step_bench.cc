@@ -52,10 +52,10 @@ class NullModel final : public Model {
     logits_.resize(static_cast<size_t>(max_logit_rows) * kVocabSize);
     return OkStatus();
   }
-  TensorView Forward(const ForwardBatch& batch) override {
+  LogitRows Forward(const ForwardBatch& batch) override {
     times_.forward_begin = times_.forward_end = Clock::now();
-    return TensorView::Contiguous(logits_.data(), DType::kF32, Device::kCpu,
-                                  {batch.num_logit_rows, kVocabSize});
+    return {TensorView::Contiguous(logits_.data(), DType::kF32, Device::kCpu,
+                                   {batch.num_logit_rows, kVocabSize})};
   }
 
  private:

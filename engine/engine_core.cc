@@ -182,7 +182,7 @@ void EngineCore::Step() {
     TakeTokens();
   } else {
     NoteStarts(plan);
-    const ModelRunner::Logits logits = runner_.Forward(plan);
+    const ModelRunner::Result logits = runner_.Forward(plan, IsGreedy(plan));
     TakeTokens();  // of the step before, while a GPU works on this one
     ScorePrompts(plan, logits.score);
     SampleTokens(plan, logits.sample);
@@ -228,7 +228,13 @@ void EngineCore::ScorePrompts(const StepPlan& plan, const TensorView& logits) {
   }
 }
 
-void EngineCore::SampleTokens(const StepPlan& plan, const TensorView& logits) {
+bool EngineCore::IsGreedy(const StepPlan& plan) {
+  return std::all_of(plan.sequences.begin(), plan.sequences.end(), [](const auto& scheduled) {
+    return !scheduled.samples || scheduled.sequence->answer->MakeSampleRow().is_greedy();
+  });
+}
+
+void EngineCore::SampleTokens(const StepPlan& plan, const LogitRows& logits) {
   sample_rows_.clear();
   for (const ScheduledSequence& scheduled : plan.sequences) {
     if (!scheduled.samples) continue;

@@ -92,7 +92,9 @@ class EngineCore {
 
   void NoteStarts(const StepPlan& plan);
   void ScorePrompts(const StepPlan& plan, const TensorView& logits);
-  void SampleTokens(const StepPlan& plan, const TensorView& logits);
+  // Whether all rows that the plan samples ask for nothing but their largest logit.
+  static bool IsGreedy(const StepPlan& plan);
+  void SampleTokens(const StepPlan& plan, const LogitRows& logits);
   void CountSparsity(const StepPlan& plan, const StepSparsity& sparsity);
   void ExpectTokens(const StepPlan& plan);
   void TakeTokens();

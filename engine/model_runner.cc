@@ -13,6 +13,10 @@ namespace {
 // true mass measured.
 constexpr int kTrueMassInterval = 16;
 
+uint64_t RepeatKey(int num_seqs, bool is_greedy) {
+  return 2 * static_cast<uint64_t>(num_seqs) + (is_greedy ? 1 : 0);
+}
+
 }  // namespace
 
 ModelRunner::ModelRunner(const ModelRunnerLimits& limits, Ops& ops, Model& model,
@@ -22,7 +26,7 @@ ModelRunner::ModelRunner(const ModelRunnerLimits& limits, Ops& ops, Model& model
       model_(&model),
       arrays_(std::move(arrays)),
       block_tables_(std::move(block_tables)),
-      repeated_logits_(limits.max_num_seqs + 1) {
+      repeated_logits_(RepeatKey(limits.max_num_seqs, true) + 1) {
   sparse_first_layers_.seqs = std::make_unique<bool[]>(limits.max_num_seqs);
   sparse_.seqs = std::make_unique<bool[]>(limits.max_num_seqs);
 }
@@ -65,7 +69,7 @@ bool ModelRunner::Repeats(const StepPlan& plan) const {
          votes_.empty();
 }
 
-ModelRunner::Logits ModelRunner::Forward(const StepPlan& plan) {
+ModelRunner::Result ModelRunner::Forward(const StepPlan& plan, bool is_greedy) {
   const int num_seqs = static_cast<int>(plan.sequences.size());
   GLOAM_CHECK(!kv_.empty());
   GLOAM_CHECK(num_seqs >= 1 && num_seqs <= limits_.max_num_seqs);
@@ -102,36 +106,38 @@ ModelRunner::Logits ModelRunner::Forward(const StepPlan& plan) {
   batch.token_ids = device.token_ids;
   batch.logit_rows = device.logit_rows;
   batch.num_logit_rows = shape.num_logit_rows;
+  batch.is_greedy = is_greedy && plan.num_score_rows == 0;
   batch.kv = kv_;
   batch.sidecars = sidecars_;
   batch.sparse_first_layers = sparse_first_layers_.tokens();
   batch.sparse = sparse_.tokens();
   batch.votes = votes_;
   batch.sparse_stats = sparse_stats_.data();
-  const TensorView logits = RunModel(batch, device.token_ids, repeats);
+  const LogitRows logits = RunModel(batch, device.token_ids, repeats);
   for (const PromptVote& vote : votes_) vote.compressed->complete = true;
 
-  Logits result;
+  Result result;
   result.sparsity = {.rows = sparse_.rows,
                      .stats = sparse_stats_.data(),
                      .num_layers = model_->config().num_layers,
                      .num_kv_heads = model_->config().num_kv_heads};
   if (shape.num_logit_rows == 0) return result;
-  GLOAM_CHECK(logits.shape[0] == shape.num_logit_rows);
-  result.score = logits.Rows(0, plan.num_score_rows);
+  GLOAM_CHECK(logits.values.shape[0] == shape.num_logit_rows);
+  result.score = logits.values.Rows(0, plan.num_score_rows);
   result.sample = logits.Rows(plan.num_score_rows, plan.num_sample_rows);
   return result;
 }
 
-TensorView ModelRunner::RunModel(const ForwardBatch& batch, int32_t* token_ids, bool repeats) {
+LogitRows ModelRunner::RunModel(const ForwardBatch& batch, int32_t* token_ids, bool repeats) {
   const auto run = [&] {
     ops_->TakeDrawnTokens({.token_ids = token_ids, .num_tokens = batch.seqs.num_tokens});
     return model_->Forward(batch);
   };
   if (!repeats) return run();
   // A step that is repeated without the model leaves its logits where they were before.
-  TensorView& logits = repeated_logits_[batch.seqs.num_seqs];
-  ops_->Repeat(static_cast<uint64_t>(batch.seqs.num_seqs), [&] { logits = run(); });
+  const uint64_t key = RepeatKey(batch.seqs.num_seqs, batch.is_greedy);
+  LogitRows& logits = repeated_logits_[key];
+  ops_->Repeat(key, [&] { logits = run(); });
   return logits;
 }
 
@@ -218,12 +224,15 @@ void ModelRunner::FillTokens(const ScheduledSequence& scheduled, int first_token
   }
 }
 
-bool ModelRunner::IsFinite(Sequence& sequence, int num_tokens) {
+LogitRows ModelRunner::RunStep(Sequence& sequence, int num_tokens, bool is_greedy) {
   StepPlan plan;
   plan.num_tokens = num_tokens;
   plan.num_sample_rows = 1;
   plan.sequences.push_back({.sequence = &sequence, .num_tokens = num_tokens, .samples = true});
-  const TensorView logits = Forward(plan).sample;
+  return Forward(plan, is_greedy).sample;
+}
+
+bool ModelRunner::IsFinite(const TensorView& logits) {
   std::vector<float> row(logits.num_elements());
   ops_->Download(row.data(), logits.data, row.size() * sizeof(float));
   return std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); });
@@ -234,11 +243,13 @@ Status ModelRunner::WarmUp() {
   sequence.tokens.assign(
       std::min({kBlockTokens, limits_.max_num_batched_tokens, limits_.max_model_len}), 0);
   sequence.table.blocks = {0};
-  bool finite = IsFinite(sequence, static_cast<int>(sequence.tokens.size()));
-  // What decoding needs is loaded, and the step recorded, before a request waits for it.
-  sequence.num_computed = static_cast<int>(sequence.tokens.size()) - 1;
+  const auto num_tokens = static_cast<int>(sequence.tokens.size());
+  bool finite = IsFinite(RunStep(sequence, num_tokens, /*is_greedy=*/false).values);
+  // What decoding needs is loaded, and the steps recorded, before a request waits for them.
+  sequence.num_computed = num_tokens - 1;
   for (int i = 0; i < 2 && ops_->device() == Device::kCuda; ++i) {
-    finite = IsFinite(sequence, 1) && finite;
+    RunStep(sequence, 1, /*is_greedy=*/true);
+    finite = IsFinite(RunStep(sequence, 1, /*is_greedy=*/false).values) && finite;
   }
   block_tables_.Forget(0);
   if (!finite) return Internal("the model's first forward pass gave logits that are not finite");

@@ -39,14 +39,15 @@ class ModelRunner {
   void SetCache(std::span<const KvLayerView> kv, std::span<const SidecarLayerView> sidecars);
 
   // Valid until the next Forward.
-  struct Logits {
-    TensorView score;       // [plan.num_score_rows, vocab_size], in the plan's order
-    TensorView sample;      // [plan.num_sample_rows, vocab_size], in the plan's order
+  struct Result {
+    TensorView score;       // [plan.num_score_rows, vocab_size] logits, in the plan's order
+    LogitRows sample;       // plan.num_sample_rows, in the plan's order
     StepSparsity sparsity;  // row.seq is an index into the plan's sequences
   };
-  // On a GPU, returns when the step is enqueued. Last tokens of sequences may still be unknown
+  // `is_greedy`: the rows that sample will all be greedy (SampleRow::is_greedy). On a GPU, returns
+  // when the step is enqueued. Last tokens of sequences may still be unknown
   // (Sequence::drawn_in_row).
-  Logits Forward(const StepPlan& plan);
+  Result Forward(const StepPlan& plan, bool is_greedy = false);
 
   // Position in its sequence of a token of the last Forward's batch.
   int Position(int token) const { return host_.positions[token]; }
@@ -69,9 +70,10 @@ class ModelRunner {
   void FillTokens(const ScheduledSequence& scheduled, int first_token);
   void FillSparsity(const StepPlan& plan);
   // `token_ids` are the batch's.
-  TensorView RunModel(const ForwardBatch& batch, int32_t* token_ids, bool repeats);
-  // One step of `sequence`'s next `num_tokens`; whether its logits are finite.
-  bool IsFinite(Sequence& sequence, int num_tokens);
+  LogitRows RunModel(const ForwardBatch& batch, int32_t* token_ids, bool repeats);
+  // One step of `sequence`'s next `num_tokens`.
+  LogitRows RunStep(Sequence& sequence, int num_tokens, bool is_greedy);
+  bool IsFinite(const TensorView& logits);
 
   ModelRunnerLimits limits_;
   Ops* ops_;
@@ -81,7 +83,7 @@ class ModelRunner {
   StagedBuffer arrays_;
   StepArrays host_;  // of the last step, in `arrays_`
   StagedBlockTables block_tables_;
-  std::vector<TensorView> repeated_logits_;  // [max_num_seqs + 1] of repeated steps, by their size
+  std::vector<LogitRows> repeated_logits_;  // of repeated steps, by their key
   SparsePlan sparse_first_layers_;
   SparsePlan sparse_;
   std::vector<PromptVote> votes_;

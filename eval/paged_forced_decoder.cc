@@ -156,12 +156,12 @@ ForcedDecoder::Step PagedForcedDecoder::Next() {
     plan.sequences.push_back({.sequence = &row, .num_tokens = 1, .samples = true});
   }
   plan.num_tokens = plan.num_sample_rows = static_cast<int>(rows_.size()) - 1;
-  const ModelRunner::Logits logits = runner_.Forward(plan);
+  const ModelRunner::Result result = runner_.Forward(plan);
   for (Sequence& row : std::span(rows_).subspan(1)) ++row.num_computed;
   for (int i = 0; i < plan.num_sample_rows; ++i) {
-    step.logits.emplace_back(logits.sample.Rows(i, 1).Data<const float>(), vocab_size);
+    step.logits.emplace_back(result.sample.values.Rows(i, 1).Data<const float>(), vocab_size);
   }
-  step.sparsity = logits.sparsity;
+  step.sparsity = result.sparsity;
   return step;
 }
 

@@ -31,6 +31,14 @@ struct GemmParams {
   bool precise = false;
 };
 
+// Greedy sampling's logits: of each row of x W^T a few elements, the first of the largest among
+// them, and which they are.
+struct GreedyLogitsParams {
+  TensorView x;                    // [m, k], rows may be strided
+  const Weight* weight = nullptr;  // [n, k]
+  TensorView y;                    // [m, n] fp32, contiguous: memory for the result
+};
+
 // The feed-forward network's first half: y = silu(x W_gate^T) * (x W_up^T).
 struct GatedGemmParams {
   TensorView x;                    // [m, k], rows may be strided

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -135,6 +136,11 @@ class Ops {
   virtual void Gemm(const GemmParams& params) = 0;
   // Returns false, with nothing done, where Gemm and SiluMul are as fast.
   [[nodiscard]] virtual bool GatedGemm(const GatedGemmParams& /*params*/) { return false; }
+  // Returns nothing, with nothing done, where Gemm and Sample are as fast.
+  [[nodiscard]] virtual std::optional<LogitRows> GreedyLogits(
+      const GreedyLogitsParams& /*params*/) {
+    return std::nullopt;
+  }
   virtual void RopeAppendKv(const RopeKvParams& params) = 0;
   // Once per forward pass, before its first Attention.
   virtual void PlanAttention(const AttentionPlanParams& params) = 0;

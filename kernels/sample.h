@@ -17,6 +17,19 @@ struct TokenLogprob {
   int rank = 0;  // 1 is the most likely token of the vocabulary; 0 where not computed
 };
 
+// Logits of rows that sample.
+struct LogitRows {
+  TensorView values;  // [num_rows, num_columns] fp32
+  // Null: a column is the token of its index. Otherwise rows have candidates instead of all their
+  // logits, the first of the largest among them: [num_rows, num_columns] tokens, on the device.
+  const int32_t* tokens = nullptr;
+
+  LogitRows Rows(int64_t begin, int64_t count) const {
+    return {values.Rows(begin, count),
+            tokens == nullptr ? nullptr : tokens + begin * values.shape[1]};
+  }
+};
+
 // What one row asks for. Order of application: allowed mask, logit_bias, repetition, frequency and
 // presence penalties, temperature, top_k, top_p, min_p, draw. temperature 0 is greedy: the largest
 // logit, lowest token id first among equals.
@@ -36,6 +49,14 @@ struct SampleRow {
   uint64_t seed = 0;                       // with `draw_index`, determines the draw completely
   uint64_t draw_index = 0;
   int num_logprobs = -1;  // -1: none; 0: of the drawn token; n: and of the n most likely tokens
+
+  // Whether the largest logit is all that it asks for.
+  bool is_greedy() const {
+    const bool is_penalised =
+        repetition_penalty != 1.0f || frequency_penalty != 0.0f || presence_penalty != 0.0f;
+    return !(temperature > 0) && num_logprobs < 0 && allowed == nullptr && banned_tokens.empty() &&
+           logit_bias.empty() && !is_penalised;
+  }
 };
 
 struct SampleResult {
@@ -47,7 +68,9 @@ struct SampleResult {
 // Log-probabilities are those of the model: log_softmax of the logits as they came, before
 // penalties and temperature.
 struct SampleParams {
-  TensorView logits;  // [num_rows, vocab_size] fp32; used as scratch, contents undefined afterwards
+  // Used as scratch, contents undefined afterwards. Candidates alone only where all rows are
+  // greedy.
+  LogitRows logits;
   std::span<const SampleRow> rows;  // [num_rows], read by the call
   std::span<SampleResult> results;  // [num_rows], complete after Ops::FinishSample
 };

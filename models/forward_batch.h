@@ -30,6 +30,7 @@ struct ForwardBatch {
   const int32_t* token_ids = nullptr;   // [num_tokens], device
   const int32_t* logit_rows = nullptr;  // [num_logit_rows] indices into the tokens, device
   int num_logit_rows = 0;               // may be 0: a prefill chunk that is not the last
+  bool is_greedy = false;               // the largest logits are all that is asked for
   std::span<const KvLayerView> kv;      // [num_layers]
 
   std::span<const SidecarLayerView> sidecars;  // [num_layers], or empty: none are kept

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <optional>
 #include <utility>
 
 #include "base/check.h"
@@ -80,7 +81,7 @@ Status Llama::Reserve(int max_tokens, int max_logit_rows) {
   return OkStatus();
 }
 
-TensorView Llama::Forward(const ForwardBatch& batch) {
+LogitRows Llama::Forward(const ForwardBatch& batch) {
   const int num_tokens = batch.seqs.num_tokens;
   GLOAM_CHECK(num_tokens > 0 && num_tokens <= activations_.hidden.shape[0]);
   GLOAM_CHECK(batch.num_logit_rows >= 0 && batch.num_logit_rows <= activations_.last.shape[0]);
@@ -109,7 +110,7 @@ TensorView Llama::Forward(const ForwardBatch& batch) {
     ops_.GatherRows({.x = attended, .row_indices = batch.logit_rows, .out = last_attended});
     AfterAttention(weights_.layers[last_layer], last_attended, last);
   }
-  return Logits(last);
+  return Logits(last, batch.is_greedy);
 }
 
 // attended = attention(rope(norm(W_q h)), cache of rope(norm(W_k h)) and W_v h), h = norm(hidden)
@@ -218,15 +219,20 @@ void Llama::AfterAttention(const LlamaLayer& layer, const TensorView& attended,
 }
 
 // logits = W_lm norm(hidden)
-TensorView Llama::Logits(const TensorView& hidden) {
+LogitRows Llama::Logits(const TensorView& hidden, bool is_greedy) {
   const TensorView logits = activations_.logits.Rows(0, hidden.shape[0]);
-  if (hidden.shape[0] == 0) return logits;
+  if (hidden.shape[0] == 0) return {logits};
   const TensorView normed = activations_.normed.Rows(0, hidden.shape[0]);
   RmsNorm(hidden, weights_.output_norm, normed);
   const Weight* lm_head =
       weights_.lm_head ? weights_.lm_head.get() : weights_.token_embedding.get();
+  if (is_greedy) {
+    const std::optional<LogitRows> candidates =
+        ops_.GreedyLogits({.x = normed, .weight = lm_head, .y = logits});
+    if (candidates) return *candidates;
+  }
   ops_.Gemm({.x = normed, .outputs = {{{.weight = lm_head, .y = logits}}}, .num_outputs = 1});
-  return logits;
+  return {logits};
 }
 
 void Llama::RmsNorm(const TensorView& x, const Buffer& weight, const TensorView& out) {

@@ -20,7 +20,7 @@ class Llama final : public Model {
   const ModelConfig& config() const override { return config_; }
   int64_t weight_bytes() const override { return weights_.bytes; }
   [[nodiscard]] Status Reserve(int max_tokens, int max_logit_rows) override;
-  TensorView Forward(const ForwardBatch& batch) override;
+  LogitRows Forward(const ForwardBatch& batch) override;
 
  private:
   // Everything that a step computes, in one piece of memory; max_rows is the larger of max_tokens
@@ -45,7 +45,7 @@ class Llama final : public Model {
               const TensorView& out);
   void AfterAttention(const LlamaLayer& layer, const TensorView& attended,
                       const TensorView& hidden);
-  TensorView Logits(const TensorView& hidden);
+  LogitRows Logits(const TensorView& hidden, bool is_greedy);
   void RmsNorm(const TensorView& x, const Buffer& weight, const TensorView& out);
 
   ModelConfig config_;

@@ -26,9 +26,9 @@ class Model {
   [[nodiscard]] virtual Status Reserve(int max_tokens, int max_logit_rows) = 0;
 
   // One forward pass: appends K and V of every token to the cache and returns the logits of
-  // batch.logit_rows, [num_logit_rows, vocab_size] fp32, valid until the next call.
+  // batch.logit_rows, valid until the next call; those of a greedy batch may be candidates.
   // Engine thread only.
-  virtual TensorView Forward(const ForwardBatch& batch) = 0;
+  virtual LogitRows Forward(const ForwardBatch& batch) = 0;
 };
 
 // Everything that a model file or folder holds.

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "base/status.h"
@@ -45,6 +46,7 @@ class GemmBackend {
   virtual void Embed(const EmbedParams& params) = 0;
   virtual void Gemm(const GemmParams& params) = 0;
   virtual bool GatedGemm(const GatedGemmParams& params) = 0;
+  virtual std::optional<LogitRows> GreedyLogits(const GreedyLogitsParams& params) = 0;
 };
 std::unique_ptr<GemmBackend> MakeGemmBackend(const DeviceContext& context);
 

@@ -122,6 +122,9 @@ class CudaOps final : public Ops {
   void GatherRows(const GatherRowsParams& params) override { cuda::GatherRows(params, context_); }
   void Gemm(const GemmParams& params) override { gemm_->Gemm(params); }
   bool GatedGemm(const GatedGemmParams& params) override { return gemm_->GatedGemm(params); }
+  std::optional<LogitRows> GreedyLogits(const GreedyLogitsParams& params) override {
+    return gemm_->GreedyLogits(params);
+  }
   void RopeAppendKv(const RopeKvParams& params) override { cuda::RopeAppendKv(params, context_); }
   void PlanAttention(const AttentionPlanParams& params) override { attention_->Plan(params); }
   void Attention(const AttentionParams& params) override { attention_->Attention(params); }

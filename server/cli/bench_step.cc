@@ -58,7 +58,7 @@ class StepBench {
     std::vector<double> ms;
     Clock::time_point last_read;
     for (int i = 0; i < num_steps; ++i) {
-      const TensorView logits = runner_->Forward(plan).sample;
+      const LogitRows logits = runner_->Forward(plan, /*is_greedy=*/true).sample;
       if (i > 0) ops_->FinishSample();
       const Clock::time_point read = Clock::now();
       if (i > kWarmUpSteps) ms.push_back(Milliseconds(read - last_read));
@@ -193,7 +193,7 @@ class StepBench {
   }
 
   // Every sequence's next token becomes its input.
-  void Sample(const TensorView& logits) {
+  void Sample(const LogitRows& logits) {
     rows_.assign(sequences_.size(), SampleRow{.temperature = 0});
     results_.assign(sequences_.size(), {});
     ops_->Sample({.logits = logits, .rows = rows_, .results = results_});
@@ -214,7 +214,7 @@ class StepBench {
       plan.num_sample_rows = last ? 1 : 0;
       plan.sequences.push_back(
           {.sequence = &sequence, .num_tokens = plan.num_tokens, .samples = last});
-      const TensorView logits = runner_->Forward(plan).sample;
+      const LogitRows logits = runner_->Forward(plan, /*is_greedy=*/true).sample;
       if (last) Sample(logits);
       Advance(plan);
     }

@@ -117,23 +117,27 @@ class FakeOps : public Ops {
   void SparseAttention(const SparseAttentionParams&) override { Unreachable(); }
 
   void Sample(const SampleParams& params) override {
-    const int64_t vocab_size = params.logits.shape[1];
+    const int64_t num_columns = params.logits.values.shape[1];
     drawn_.assign(params.rows.size(), SampleResult());
     results_ = params.results;
     for (size_t i = 0; i < params.rows.size(); ++i) {
       const SampleRow& row = params.rows[i];
-      float* logits = params.logits.Rows(static_cast<int64_t>(i), 1).Data<float>();
+      float* logits = params.logits.values.Rows(static_cast<int64_t>(i), 1).Data<float>();
       for (const auto& [token, bias] : row.logit_bias) logits[token] += bias;
       for (const auto& [token, count] : row.output_counts) {
         logits[token] -= row.presence_penalty + row.frequency_penalty * static_cast<float>(count);
       }
       for (int32_t token : row.banned_tokens) logits[token] = -1e9f;
-      auto best = static_cast<int32_t>(std::max_element(logits, logits + vocab_size) - logits);
+      auto best = static_cast<int32_t>(std::max_element(logits, logits + num_columns) - logits);
+      if (params.logits.tokens != nullptr) {
+        GLOAM_CHECK(row.is_greedy());
+        best = params.logits.tokens[static_cast<int64_t>(i) * num_columns + best];
+      }
       if (row.temperature > 0) {
         uint64_t hash = Hash(Hash(row.seed, row.draw_index), static_cast<uint64_t>(best));
         do {
           hash = Hash(hash, 1);
-          best = static_cast<int32_t>(hash % static_cast<uint64_t>(vocab_size));
+          best = static_cast<int32_t>(hash % static_cast<uint64_t>(num_columns));
         } while (logits[best] <= -1e9f);
       }
       SampleResult& result = drawn_[i];
@@ -211,17 +215,24 @@ class FakeModel : public Model {
   Status Reserve(int max_tokens, int max_logit_rows) override {
     max_tokens_ = max_tokens;
     logits_.resize(static_cast<size_t>(max_logit_rows) * kVocabSize);
+    candidates_.resize(static_cast<size_t>(max_logit_rows) * kNumCandidates);
+    candidate_logits_.resize(candidates_.size());
     return OkStatus();
   }
 
-  TensorView Forward(const ForwardBatch& batch) override {
+  LogitRows Forward(const ForwardBatch& batch) override {
     if (ops == nullptr) {
       Run(batch);
     } else {
       ops->Run([this, batch] { Run(batch); });
     }
-    return TensorView::Contiguous(logits_.data(), DType::kF32, Device::kCpu,
-                                  {batch.num_logit_rows, kVocabSize});
+    if (GivesCandidates(batch)) {
+      return {TensorView::Contiguous(candidate_logits_.data(), DType::kF32, Device::kCpu,
+                                     {batch.num_logit_rows, kNumCandidates}),
+              candidates_.data()};
+    }
+    return {TensorView::Contiguous(logits_.data(), DType::kF32, Device::kCpu,
+                                   {batch.num_logit_rows, kVocabSize})};
   }
 
   // Called at the start of each pass, on the thread that steps; may throw.
@@ -232,6 +243,28 @@ class FakeModel : public Model {
   FakeOps* ops = nullptr;
 
  private:
+  static constexpr int kNumCandidates = 3;
+
+  // As a GPU does.
+  bool GivesCandidates(const ForwardBatch& batch) const {
+    return batch.is_greedy && ops != nullptr && ops->device() == Device::kCuda;
+  }
+
+  // The most likely token between another one and none.
+  void FillCandidates(int row) {
+    const float* logits = logits_.data() + static_cast<size_t>(row) * kVocabSize;
+    const auto best = static_cast<int32_t>(std::max_element(logits, logits + kVocabSize) - logits);
+    const int32_t other = (best + kVocabSize / 2) % kVocabSize;
+    int32_t* tokens = candidates_.data() + static_cast<size_t>(row) * kNumCandidates;
+    float* values = candidate_logits_.data() + static_cast<size_t>(row) * kNumCandidates;
+    tokens[0] = other;
+    values[0] = logits[other];
+    tokens[1] = best;
+    values[1] = logits[best];
+    tokens[2] = std::numeric_limits<int32_t>::max();
+    values[2] = -std::numeric_limits<float>::infinity();
+  }
+
   void Run(const ForwardBatch& batch) {
     if (on_forward) on_forward(batch);
     const SequenceBatch& seqs = batch.seqs;
@@ -257,6 +290,7 @@ class FakeModel : public Model {
       } else {
         FillLogits(ReadHistory(batch, batch.logit_rows[row]), logits);
       }
+      if (GivesCandidates(batch)) FillCandidates(row);
     }
   }
 
@@ -337,6 +371,8 @@ class FakeModel : public Model {
   ModelConfig config_;
   int max_tokens_ = 0;
   std::vector<float> logits_;
+  std::vector<int32_t> candidates_;  // [rows][kNumCandidates], and their logits
+  std::vector<float> candidate_logits_;
   std::vector<int32_t> history_;
 };
 

@@ -28,7 +28,7 @@ class BorrowedModel : public Model {
   Status Reserve(int max_tokens, int max_logit_rows) override {
     return model_.Reserve(max_tokens, max_logit_rows);
   }
-  TensorView Forward(const ForwardBatch& batch) override { return model_.Forward(batch); }
+  LogitRows Forward(const ForwardBatch& batch) override { return model_.Forward(batch); }
 
  private:
   Model& model_;

@@ -138,21 +138,22 @@ TensorView PagedRunner::Step(std::span<const Chunk> chunks) {
   const auto int32s = [this](size_t at) {
     return reinterpret_cast<const int32_t*>(static_cast<const std::byte*>(arrays_.data()) + at);
   };
-  return model_.Forward(
-      {.seqs = {.num_seqs = static_cast<int>(chunks.size()),
-                .num_tokens = static_cast<int>(token_ids.size()),
-                .max_blocks_per_seq = static_cast<int>(max_blocks),
-                .positions = int32s(positions_at),
-                .slot_mapping = reinterpret_cast<const int64_t*>(int32s(slots_at)),
-                .cu_seqlens = int32s(seqlens_at),
-                .context_lens = int32s(contexts_at),
-                .block_tables = int32s(tables_at),
-                .host_cu_seqlens = cu_seqlens.data(),
-                .host_context_lens = context_lens.data()},
-       .token_ids = int32s(tokens_at),
-       .logit_rows = int32s(rows_at),
-       .num_logit_rows = static_cast<int>(logit_rows.size()),
-       .kv = views_});
+  const LogitRows logits =
+      model_.Forward({.seqs = {.num_seqs = static_cast<int>(chunks.size()),
+                               .num_tokens = static_cast<int>(token_ids.size()),
+                               .max_blocks_per_seq = static_cast<int>(max_blocks),
+                               .positions = int32s(positions_at),
+                               .slot_mapping = reinterpret_cast<const int64_t*>(int32s(slots_at)),
+                               .cu_seqlens = int32s(seqlens_at),
+                               .context_lens = int32s(contexts_at),
+                               .block_tables = int32s(tables_at),
+                               .host_cu_seqlens = cu_seqlens.data(),
+                               .host_context_lens = context_lens.data()},
+                      .token_ids = int32s(tokens_at),
+                      .logit_rows = int32s(rows_at),
+                      .num_logit_rows = static_cast<int>(logit_rows.size()),
+                      .kv = views_});
+  return logits.values;
 }
 
 TensorView PagedRunner::StepToHost(std::span<const Chunk> chunks) {

@@ -323,9 +323,11 @@ void CheckLogits(const TensorView& logits, size_t num_rows, size_t num_results) 
 }  // namespace
 
 void Sample(const SampleParams& params, ThreadPool& pool) {
-  CheckLogits(params.logits, params.rows.size(), params.results.size());
-  pool.ParallelFor(params.logits.shape[0], [&](int64_t row, int) {
-    SampleOne(params.rows[row], RowOf(params.logits, row), params.results[row]);
+  const TensorView& logits = params.logits.values;
+  GLOAM_CHECK(params.logits.tokens == nullptr);
+  CheckLogits(logits, params.rows.size(), params.results.size());
+  pool.ParallelFor(logits.shape[0], [&](int64_t row, int) {
+    SampleOne(params.rows[row], RowOf(logits, row), params.results[row]);
   });
 }
 

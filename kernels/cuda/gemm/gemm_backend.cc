@@ -27,6 +27,7 @@ constexpr int64_t kMaxStreamedBF16 = 16;
 constexpr int64_t kMinOrdered = 8;
 constexpr int64_t kMaxOrdered = 64;
 constexpr int64_t kMaxOrderedGated = 256;
+constexpr int64_t kMaxOrderedGreedy = 256;
 constexpr int64_t kMinOrderedElements = 8 << 20;
 // Long sums that the kernel splits: cuBLASLt needs rows of x in 64s for its best (cublas_lt.cc).
 // Down of Llama-3.1-8B, us with the kernel and with cuBLASLt (gemm_cuda_bench, H100, 2026-11-26):
@@ -175,6 +176,23 @@ class CudaGemm final : public GemmBackend {
       }
       MultiplyStreamed(params.x, std::span(together.data(), count));
     }
+  }
+
+  std::optional<LogitRows> GreedyLogits(
+      [[maybe_unused]] const GreedyLogitsParams& params) override {
+#if GLOAM_WITH_HOPPER_KERNELS
+    const DeviceMatrix& matrix = MatrixOf(params.weight);
+    const int64_t m = params.x.shape[0];
+    GLOAM_CHECK(params.x.rank == 2 && IsBF16(params.x) && !IsBF16(params.y));
+    GLOAM_CHECK(params.y.shape[1] == matrix.rows && params.y.strides[0] == matrix.rows);
+    if (m == 0 || m > kMaxOrderedGreedy || matrix.rows < kMinGreedyRows ||
+        !IsOrdered(matrix, m, kMaxOrderedGreedy)) {
+      return std::nullopt;
+    }
+    return FindLargest(ProductOf(params.x, matrix, params.y), context_.num_sms, context_.stream);
+#else
+    return std::nullopt;
+#endif
   }
 
   bool GatedGemm([[maybe_unused]] const GatedGemmParams& params) override {

@@ -15,6 +15,8 @@
 //   kSplit          Up to 256 rows of x: each part has a block of a cluster. They add their sums up
 //                   out of each other's shared memory.
 //   kParts          More rows of x: a block computes the parts one after the other.
+//   kLargest        One part. A thread keeps the largest element of each of its rows of x; y has
+//                   one for each warp, or block, that multiplies by other rows of W.
 // wgmma's rows, of which a warp group has 64 or 128, are W's, and x's are its columns. With more
 // than 128 rows of x a tile of one part is the other way round, because then the tensor cores bound
 // the time too: columns come in multiples of 8, so that fewer are in vain. 256 rows by gate and up
@@ -28,6 +30,8 @@
 #include <cute/tensor.hpp>
 
 #include <algorithm>
+#include <climits>
+#include <cmath>
 
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/gemm/cluster.cuh"
@@ -54,6 +58,30 @@ __device__ __forceinline__ void AddTo(float4* y, const float4& x) {
                "f"(x.y), "f"(x.z), "f"(x.w)
                : "memory");
 }
+
+// The first of the largest elements seen of a row of x, and its row of W. NaN is none.
+struct Largest {
+  float value = -INFINITY;
+  int row = INT_MAX;
+
+  // Rows come in ascending order.
+  __device__ __forceinline__ void Take(float x, int its_row) {
+    if (x > value) {
+      value = x;
+      row = its_row;
+    }
+  }
+  // Of the lanes whose numbers differ in the bits from `first` to `last`.
+  __device__ __forceinline__ Largest OverLanes(int first, int last) const {
+    Largest found = *this;
+    for (int mask = first; mask <= last; mask *= 2) {
+      const float value = __shfl_xor_sync(kAllLanes, found.value, mask);
+      const int row = __shfl_xor_sync(kAllLanes, found.row, mask);
+      if (value > found.value || (value == found.value && row < found.row)) found = {value, row};
+    }
+    return found;
+  }
+};
 
 // What the threads that multiply do; `thread` counts a warp group's. Sums lie as wgmma leaves them:
 // of lane = 4 g + t, rows g and g + 8 of its warp's 16, columns 2t and 2t + 1 of every 8: element
@@ -109,6 +137,13 @@ class Multiplier {
     if constexpr (Shape::kKind == Kind::kSplit) {
       multiply_part(static_cast<int>(blockIdx.x) % p_.num_parts);
       KeepSums(sums);
+    } else if constexpr (Shape::kKind == Kind::kLargest) {
+      Largest largest[kOwnTokens];
+      for (Tiles<Shape> tiles(p_); !tiles.done(); tiles.Advance()) {
+        multiply_part(0);
+        TakeLargest(tiles.Get(), sums, largest);
+      }
+      StoreLargest(largest);
     } else {
       for (Tiles<Shape> tiles(p_); !tiles.done(); tiles.Advance()) {
         multiply_part(0);
@@ -145,6 +180,9 @@ class Multiplier {
   }
 
  private:
+  // Of kLargest, a thread's rows of x.
+  static constexpr int kOwnTokens = Shape::kXFirst ? Shape::kOwnRows / 32 : Shape::kTokens / 4;
+
   // A thread of each warp group tells each block that writes there.
   __device__ __forceinline__ void Release(int stage) const {
     if constexpr (Shape::kShare == 1) {
@@ -167,6 +205,56 @@ class Multiplier {
         float* to = &shared_.sums[8 * i + 2 * t_][group_ * p_.group_rows + row + g_];
         to[0] = sums(4 * i + 2 * half);
         to[Shared<Shape>::kSumStride] = sums(4 * i + 2 * half + 1);
+      }
+    }
+  }
+
+  template <typename Sums>
+  __device__ __forceinline__ void TakeLargest(const Tile& tile, const Sums& sums,
+                                              Largest (&largest)[kOwnTokens]) const {
+    if constexpr (Shape::kXFirst) {
+#pragma unroll
+      for (int i = 0; i < Shape::kColumns / 8; ++i) {
+        const int row = tile.row + 8 * i + 2 * t_;
+        if (8 * i >= p_.tile_rows || row >= p_.n) return;
+#pragma unroll
+        for (int own = 0; own < kOwnTokens; ++own) {
+          const int first = Shape::kColumns / 2 * (own / 2) + 2 * (own % 2) + 4 * i;
+          largest[own].Take(sums(first), row);
+          if (row + 1 < p_.n) largest[own].Take(sums(first + 1), row + 1);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = tile.row + group_ * p_.group_rows + warp_row_ + 8 * half + g_;
+        if (warp_row_ + 8 * half >= p_.group_rows || row >= p_.n) return;
+#pragma unroll
+        for (int own = 0; own < kOwnTokens; ++own) {
+          largest[own].Take(sums(own / 2 * 4 + 2 * half + own % 2), row);
+        }
+      }
+    }
+  }
+
+  // Over the lanes with the same rows of x.
+  __device__ __forceinline__ void StoreLargest(Largest (&largest)[kOwnTokens]) const {
+    const auto store = [&](int token, int at, const Largest& found) {
+      if (token >= p_.m) return;
+      static_cast<float*>(p_.y)[token * p_.y_stride + at] = found.value;
+      p_.largest[token * p_.y_stride + at] = found.row;
+    };
+#pragma unroll
+    for (int own = 0; own < kOwnTokens; ++own) {
+      if constexpr (Shape::kXFirst) {
+        const Largest found = largest[own].OverLanes(1, 2);
+        const int row = 64 * (own / 2) + warp_row_ + 8 * (own % 2) + g_;
+        if (t_ == 0) store(group_ * Shape::kOwnRows + row, blockIdx.x, found);
+      } else {
+        const Largest found = largest[own].OverLanes(4, 16);
+        const int warp = (blockIdx.x * p_.num_groups + group_) * (kGroupThreads / kWarpThreads) +
+                         thread_ / kWarpThreads;
+        if (g_ == 0) store(own / 2 * 8 + 2 * t_ + own % 2, warp, found);
       }
     }
   }
@@ -468,8 +556,9 @@ RowShape FindShape(const PlainProduct& product, int token_tiles, int num_cluster
   }
 }
 
+// Returns how many elements a row of y gets.
 template <typename Shape>
-void Launch(const PlainProduct& product, int num_sms, cudaStream_t stream) {
+int Launch(const PlainProduct& product, int num_sms, cudaStream_t stream) {
   constexpr auto kKernel = OrderedGemmKernel<Shape>;
   constexpr int kMaxSharedBytes = 227 << 10;
   constexpr bool kIsGated = Shape::kIsGated;
@@ -510,16 +599,25 @@ void Launch(const PlainProduct& product, int num_sms, cudaStream_t stream) {
   const int num_units = p.row_units * p.token_tiles;
   const int grid_clusters =
       Shape::kKind == Kind::kSplit ? num_units : std::min(num_units, num_clusters);
+  const int num_blocks = grid_clusters * cluster_blocks;
+  int num_columns = p.n;
+  if constexpr (Shape::kKind == Kind::kLargest) {
+    constexpr int kGroupWarps = kGroupThreads / kWarpThreads;
+    num_columns = Shape::kXFirst ? num_blocks : num_blocks * p.num_groups * kGroupWarps;
+    GLOAM_CHECK(2 * num_columns <= p.n);
+    p.y_stride = num_columns;
+    p.largest = static_cast<int32_t*>(p.y) + product.m * num_columns;
+  }
   LaunchKernel(kKernel,
-               {dim3(grid_clusters * cluster_blocks),
-                dim3(p.num_groups * kGroupThreads + Shape::kLoadThreads), sizeof(Shared<Shape>),
-                cluster_blocks},
+               {dim3(num_blocks), dim3(p.num_groups * kGroupThreads + Shape::kLoadThreads),
+                sizeof(Shared<Shape>), cluster_blocks},
                stream, p);
+  return num_columns;
 }
 
 // More than 128 rows of x, which are wgmma's rows.
 template <int kTokens, Kind kKind>
-void LaunchXFirst(const PlainProduct& product, int num_sms, cudaStream_t stream) {
+int LaunchXFirst(const PlainProduct& product, int num_sms, cudaStream_t stream) {
   // About as many columns as a tile has rows of W: those in vain cost as much as the others.
   constexpr bool kIsGated = kKind == Kind::kGated;
   const int rows = FindTileRows(kIsGated ? 2 * product.n : product.n, kIsGated ? 16 : 8,
@@ -527,14 +625,14 @@ void LaunchXFirst(const PlainProduct& product, int num_sms, cudaStream_t stream)
   if constexpr (kIsGated) {
     if (rows <= 96) return Launch<Config<kTokens, kKind, 96>>(product, num_sms, stream);
     if (rows <= 112) return Launch<Config<kTokens, kKind, 112>>(product, num_sms, stream);
-  } else if (rows <= 64) {
-    return Launch<Config<kTokens, kKind, 64>>(product, num_sms, stream);
+  } else if constexpr (kKind == Kind::kPlain) {
+    if (rows <= 64) return Launch<Config<kTokens, kKind, 64>>(product, num_sms, stream);
   }
-  Launch<Config<kTokens, kKind>>(product, num_sms, stream);
+  return Launch<Config<kTokens, kKind>>(product, num_sms, stream);
 }
 
 template <Kind kKind>
-void LaunchForRows(const PlainProduct& product, int num_sms, cudaStream_t stream) {
+int LaunchForRows(const PlainProduct& product, int num_sms, cudaStream_t stream) {
   if constexpr (kKind != Kind::kSplit) {
     if (product.m > 192) return LaunchXFirst<256, kKind>(product, num_sms, stream);
     if (product.m > 128) return LaunchXFirst<192, kKind>(product, num_sms, stream);
@@ -546,7 +644,7 @@ void LaunchForRows(const PlainProduct& product, int num_sms, cudaStream_t stream
                       : product.m <= 32 ? Launch<Config<32, kKind>>
                       : product.m <= 64 ? Launch<Config<64, kKind>>
                                         : Launch<Config<128, kKind>>;
-  launch(product, num_sms, stream);
+  return launch(product, num_sms, stream);
 }
 
 bool IsSound(const PlainProduct& product) {
@@ -567,6 +665,16 @@ void MultiplyOrdered(const PlainProduct& product, int num_sms, cudaStream_t stre
   } else {  // sums and totals fill the registers
     ordered::Launch<ordered::Config<192, Kind::kParts>>(product, num_sms, stream);
   }
+}
+
+LogitRows FindLargest(const PlainProduct& product, int num_sms, cudaStream_t stream) {
+  GLOAM_CHECK(ordered::IsSound(product) && product.m <= 256 && product.n >= kMinGreedyRows &&
+              !product.y_is_bf16);
+  const int num_columns = ordered::LaunchForRows<ordered::Kind::kLargest>(product, num_sms, stream);
+  auto* const values = static_cast<float*>(product.y);
+  return {.values =
+              TensorView::Contiguous(values, DType::kF32, Device::kCuda, {product.m, num_columns}),
+          .tokens = reinterpret_cast<const int32_t*>(values + product.m * num_columns)};
 }
 
 void MultiplyOrderedGated(const PlainProduct& product, int num_sms, cudaStream_t stream) {

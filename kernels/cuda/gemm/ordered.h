@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/cuda/gemm/plain_product.h"
+#include "kernels/sample.h"
 
 namespace gloam::cuda {
 
@@ -19,5 +20,13 @@ void MultiplyOrdered(const PlainProduct& product, int num_sms, cudaStream_t stre
 // y = silu(x w_gate^T) * (x w_up^T) with the same sums. w: 2 n rows, the gate's, then the up's; n
 // is a multiple of 8; y bf16, its rows 4-byte aligned; no bias, nothing added.
 void MultiplyOrderedGated(const PlainProduct& product, int num_sms, cudaStream_t stream);
+
+// W of fewer rows has no greedy logits of its own: candidates would be as many as the logits.
+inline constexpr int kMinGreedyRows = 2 * kMaxPartedRows;
+
+// The largest of each row of x w^T, with the same sums as MultiplyOrdered's of a fp32 y; at most
+// 256 rows of x, w of kMinGreedyRows at least. The result lies in y's memory: values, -infinity
+// where a part of w has no row, and behind them the rows of w that they belong to.
+LogitRows FindLargest(const PlainProduct& product, int num_sms, cudaStream_t stream);
 
 }  // namespace gloam::cuda

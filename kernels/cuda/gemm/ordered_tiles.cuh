@@ -29,10 +29,11 @@ constexpr int kBandTiles = 8;
 constexpr int kMaxParts = 2;
 
 enum class Kind : uint8_t {
-  kPlain,  // one part
-  kGated,  // one part; the activation of two products
-  kSplit,  // a block a part
-  kParts,  // a block computes all parts
+  kPlain,    // one part
+  kGated,    // one part; the activation of two products
+  kSplit,    // a block a part
+  kParts,    // a block computes all parts
+  kLargest,  // one part; of each row of x the largest element alone
 };
 
 // kTileTokens: rows of x of a tile; kMostRows: of W.
@@ -43,7 +44,7 @@ struct Config {
   static constexpr int kTileRows = kMostRows;
   static constexpr bool kIsGated = kKind == Kind::kGated;
   // wgmma's rows are x's.
-  static constexpr bool kXFirst = kTokens > 128 && (kIsGated || kKind == Kind::kPlain);
+  static constexpr bool kXFirst = kTokens > 128 && kKind != Kind::kSplit&& kKind != Kind::kParts;
   static constexpr int kShare =
       kKind != Kind::kSplit && kTokens >= 128 ? 2 : 1;  // blocks with one x
 
@@ -100,6 +101,7 @@ struct KernelParams {
   CUtensorMap x;
   const float* bias;
   void* y;
+  int32_t* largest;  // of kLargest: the rows of W that y's elements belong to
   int64_t y_stride;
   int m, n;         // of y
   int num_groups;   // warp groups that multiply

@@ -57,9 +57,10 @@ struct SampleOutcome {
 };
 
 struct SampleArgs {
-  float* logits;       // [num_rows, vocab_size], device
-  int64_t row_stride;  // in elements
-  int32_t vocab_size;
+  float* logits;              // [num_rows, vocab_size], device
+  int64_t row_stride;         // in elements
+  const int32_t* candidates;  // tokens of the logits, of greedy rows alone; null: their indices
+  int32_t vocab_size;         // or candidates
   int32_t num_rows;
   int32_t num_chunks;          // ceil(vocab_size / kSampleChunk)
   bool by_four;                // rows are aligned to 16 bytes
@@ -82,7 +83,7 @@ struct SampleArgs {
 // changed; or log-probabilities of changed rows that want them, after the draw.
 enum class SamplePass : uint8_t { kDraw, kLogprobs };
 
-// Fills tokens and outcomes[].token with the largest logits; needs no tasks.
+// Fills tokens and outcomes[].token with the largest logits, of candidates too; needs no tasks.
 void LaunchGreedy(const SampleArgs& args, int num_sms, cudaStream_t stream);
 
 // Applies banned tokens, bias and penalties to the logits.

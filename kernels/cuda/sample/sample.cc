@@ -27,12 +27,6 @@ bool PenalisesCounts(const SampleRow& row) {
          row.presence_penalty != 0.0f;
 }
 
-bool IsPlainGreedy(const SampleRow& row) {
-  return !(row.temperature > 0) && row.num_logprobs < 0 && row.allowed == nullptr &&
-         row.banned_tokens.empty() && row.logit_bias.empty() && row.repetition_penalty == 1.0f &&
-         (row.output_counts.empty() || !PenalisesCounts(row));
-}
-
 // Memory that only grows: to `bytes` at least, and at least twice what was there.
 void Grow(Buffer& buffer, size_t bytes, StatusOr<Buffer> (*allocate)(size_t)) {
   if (bytes <= buffer.bytes()) return;
@@ -172,14 +166,14 @@ void SampleBackendImpl::CopyToDevice(size_t bytes) const {
 
 CallSize SizeOf(const SampleParams& params) {
   CallSize size = {.num_rows = params.rows.size(),
-                   .vocab_size = static_cast<size_t>(params.logits.shape[1])};
+                   .vocab_size = static_cast<size_t>(params.logits.values.shape[1])};
   for (const SampleRow& row : params.rows) {
     const size_t num_counts = PenalisesCounts(row) ? row.output_counts.size() : 0;
     const size_t num_prompt = row.repetition_penalty != 1.0f ? row.prompt_tokens.size() : 0;
     size.num_entries += row.banned_tokens.size() + row.logit_bias.size() + num_prompt + num_counts;
     size.num_values += row.logit_bias.size() + num_counts;
     size.num_masks += row.allowed != nullptr ? 1 : 0;
-    size.num_top += std::max(0, NumLogprobs(row.num_logprobs, params.logits.shape[1]));
+    size.num_top += std::max(0, NumLogprobs(row.num_logprobs, params.logits.values.shape[1]));
   }
   return size;
 }
@@ -204,7 +198,7 @@ SampleTask TaskOf(const SampleRow& row, int64_t vocab_size) {
 
 // Writes tasks, lists and masks to the staged buffer.
 void SampleBackendImpl::Pack(const SampleParams& params, const CallSize& size) {
-  const int64_t vocab_size = params.logits.shape[1];
+  const int64_t vocab_size = params.logits.values.shape[1];
   SampleTask* tasks = Staged<SampleTask>(0);
   int32_t* const entries = Staged<int32_t>(size.entries_at());
   uint32_t* const values = Staged<uint32_t>(size.values_at());
@@ -283,18 +277,19 @@ void CheckLogits(const TensorView& logits, size_t num_rows, size_t num_results) 
 }
 
 void SampleBackendImpl::Sample(const SampleParams& params) {
-  CheckLogits(params.logits, params.rows.size(), params.results.size());
+  CheckLogits(params.logits.values, params.rows.size(), params.results.size());
   if (!open_.empty()) WaitUntilDone();  // nobody wants its results, but its buffers are in use
   open_ = params.results;
   open_has_tasks_ = false;
   if (params.rows.empty()) return;
   const CallSize size = SizeOf(params);
   MakeRoom(size);
-  const SampleArgs args = ArgsOf(params.logits, size);
+  SampleArgs args = ArgsOf(params.logits.values, size);
   const auto any = [&](const auto& condition) {
     return std::any_of(params.rows.begin(), params.rows.end(), condition);
   };
-  if (any([](const SampleRow& row) { return !IsPlainGreedy(row); })) {
+  if (any([](const SampleRow& row) { return !row.is_greedy(); })) {
+    GLOAM_CHECK(params.logits.tokens == nullptr);
     open_has_tasks_ = true;
     Pack(params, size);
     CopyToDevice(size.staged_bytes());
@@ -312,6 +307,7 @@ void SampleBackendImpl::Sample(const SampleParams& params) {
                           }));
     }
   } else {
+    args.candidates = params.logits.tokens;
     LaunchGreedy(args, context_.num_sms, context_.stream);
   }
   LaunchDone();

@@ -19,16 +19,25 @@ struct Best {
   uint32_t token;
 };
 
-// The first of the largest logits that a thread has seen.
+// The largest logit that a thread has seen, with the lowest token.
 struct Largest {
   float logit = -INFINITY;
   uint32_t token = UINT_MAX;  // while all were -infinity
 
+  // Tokens come in ascending order.
   __device__ __forceinline__ void Take(float x, int at) {
     const float clean = x > FLT_MAX ? FLT_MAX : x;
     if (clean > logit) {  // never for NaN
       logit = clean;
       token = at;
+    }
+  }
+  // In any order.
+  __device__ __forceinline__ void TakeCandidate(float x, uint32_t its_token) {
+    const float clean = x > FLT_MAX ? FLT_MAX : x;
+    if (clean > logit || (clean == logit && its_token < token && token != UINT_MAX)) {
+      logit = clean;
+      token = its_token;
     }
   }
 };
@@ -50,7 +59,13 @@ __global__ void __launch_bounds__(kScanThreads) GreedyKernel(SampleArgs args) {
   const int begin = static_cast<int>(blockIdx.x) * part;
   const int end = min(begin + part, args.vocab_size);
   Largest largest;
-  if (args.by_four) {
+  if (args.candidates != nullptr) {
+    const int32_t* tokens = args.candidates + row * args.row_stride;
+#pragma unroll 4
+    for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kScanThreads) {
+      largest.TakeCandidate(logits[i], tokens[i]);
+    }
+  } else if (args.by_four) {
     const int end_of_fours = begin < end ? begin + (end - begin) / 4 * 4 : begin;
 #pragma unroll 4
     for (int i = begin + 4 * static_cast<int>(threadIdx.x); i < end_of_fours;

@@ -33,7 +33,7 @@ struct Gpu {
                                 batch.logits.size() * sizeof(float), cudaMemcpyHostToDevice));
     GLOAM_CUDA_CHECK(cudaDeviceSynchronize());
     std::vector<SampleResult> results(batch.rows.size());
-    backend->Sample({.logits = batch.View(device.data() + misalign, Device::kCuda),
+    backend->Sample({.logits = {batch.View(device.data() + misalign, Device::kCuda)},
                      .rows = batch.rows,
                      .results = results});
     // The next step's input, enqueued before the host knows it: the rows in reverse, and between
@@ -64,8 +64,9 @@ struct Gpu {
 std::vector<SampleResult> SampleOnCpu(const Batch& batch) {
   std::vector<float> logits = batch.logits;
   std::vector<SampleResult> results(batch.rows.size());
-  Cpu().Sample(
-      {.logits = batch.View(logits.data(), Device::kCpu), .rows = batch.rows, .results = results});
+  Cpu().Sample({.logits = {batch.View(logits.data(), Device::kCpu)},
+                .rows = batch.rows,
+                .results = results});
   return results;
 }
 
@@ -299,7 +300,7 @@ TEST_CASE("a Sample that nobody finishes gives way to what is called next") {
     for (int i = 0; i < 3; ++i) {
       const DeviceArray<float> device(batch.logits);
       std::vector<SampleResult> dropped(batch.rows.size());
-      gpu.backend->Sample({.logits = batch.View(device.data(), Device::kCuda),
+      gpu.backend->Sample({.logits = {batch.View(device.data(), Device::kCuda)},
                            .rows = batch.rows,
                            .results = dropped});
       const std::vector<SampleResult> got = gpu.Sample(batch);
