@@ -61,6 +61,12 @@ __device__ __forceinline__ float SumOverTokens(float x) {
   return x;
 }
 
+// Tokens behind the context are left out so many at a time. Step of Llama-3.1-8B by 256, 128 and 8
+// sequences of 1,024, 1,024 and 2,048 tokens, ms (H100, 2026-11-27): all read 18.92, 12.10, 6.31,
+// by four 18.88, 12.07, 6.31; one by one, before the head's candidates, 18.98 after 19.05, 12.22
+// after 12.24, 6.36 after 6.33.
+constexpr int kTokensAtOnce = 4;
+
 // What a warp asks memory for: runs of keys and values in turn, unit after unit.
 template <typename T, int kHeadDim>
 class RunStream {
@@ -83,7 +89,8 @@ class RunStream {
            unit_.first_block + block_ * kWarps < (unit_.context - 1) / kBlock;
   }
 
-  // Asks for the next run, if there is one, to lie at `to`, as one group of copies.
+  // Asks for the next run, if there is one, to lie at `to`, as one group of copies; not for most
+  // of the tokens behind the context: in their place is what was there before.
   __device__ __forceinline__ void Copy(uint32_t to) {
     using R = Run<T, kHeadDim>;
     if (index_ < units_.end()) {
@@ -91,9 +98,12 @@ class RunStream {
       const T* from = static_cast<const T*>(p_.kv) +
                       __shfl_sync(~0u, ids_, block_ % 32) * (2 * values_at) +
                       unit_.kv_head * (kBlock * kHeadDim) + (is_values_ ? values_at : 0);
+      const int visible = unit_.context - (unit_.first_block + block_ * kWarps) * kBlock;
 #pragma unroll
       for (int i = 0; i < kBlock * R::kRowChunks / 32; ++i) {
         const int token = i * (32 / R::kRowChunks) + lane_ / R::kRowChunks;
+        const int first = i * (32 / R::kRowChunks) / kTokensAtOnce * kTokensAtOnce;
+        if (first > 0 && first >= visible) break;
         CopyAsync(to + R::Offset(token, lane_ % R::kRowChunks),
                   from + (i * 32 + lane_) * (16 / sizeof(T)), policy_);
       }
