@@ -31,8 +31,8 @@ ThreadPool& Pool() {
 SampleResult SampleLogits(std::vector<float> logits, const SampleRow& row) {
   SampleResult result;
   SampleParams params;
-  params.logits = TensorView::Contiguous(logits.data(), DType::kF32, Device::kCpu,
-                                         {1, static_cast<int64_t>(logits.size())});
+  params.logits.values = TensorView::Contiguous(logits.data(), DType::kF32, Device::kCpu,
+                                                {1, static_cast<int64_t>(logits.size())});
   params.rows = {&row, 1};
   params.results = {&result, 1};
   Sample(params, Pool());
@@ -350,7 +350,8 @@ TEST_CASE("a draw depends on seed and index alone") {
   }
   std::vector<SampleResult> results(kRows);
   SampleParams params;
-  params.logits = TensorView::Contiguous(logits.data(), DType::kF32, Device::kCpu, {kRows, kVocab});
+  params.logits.values =
+      TensorView::Contiguous(logits.data(), DType::kF32, Device::kCpu, {kRows, kVocab});
   params.rows = rows;
   params.results = results;
   ThreadPool three(3);
@@ -437,7 +438,7 @@ TEST_CASE("log-probabilities are the log-softmax of the logits as they came") {
     for (int i = 0; i < 3; ++i) rows.insert(rows.end(), logits.begin(), logits.end());
     std::vector<SampleResult> results(3);
     ScoreParams params;
-    params.logits = TensorView::Contiguous(rows.data(), DType::kF32, Device::kCpu, {3, n});
+    params.logits.values = TensorView::Contiguous(rows.data(), DType::kF32, Device::kCpu, {3, n});
     params.tokens = tokens;
     params.results = results;
     for (const int num_logprobs : {0, 1, 5, 20, 3000}) {
