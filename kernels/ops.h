@@ -111,6 +111,10 @@ class Ops {
   // kResourceExhausted with the size.
   [[nodiscard]] virtual Status Reserve(const StepLimits& limits) = 0;
 
+  // Names the memory that repeated steps (Repeat) read and write again and again, in place of what
+  // was named before: a backend may keep it in its cache while weights and keys stream by.
+  virtual void KeepInCache(void* /*data*/, size_t /*bytes*/) {}
+
   // Copies between host memory and the backend's; when they return, the copy is complete.
   virtual void Upload(void* device, const void* host, size_t bytes) = 0;
   virtual void Download(void* host, const void* device, size_t bytes) = 0;

@@ -23,23 +23,26 @@ class Llama final : public Model {
   LogitRows Forward(const ForwardBatch& batch) override;
 
  private:
-  // Everything that a step computes, in one piece of memory; max_rows is the larger of max_tokens
-  // and max_logit_rows.
+  // Everything that a step computes, one after another in one piece of memory: what a small step
+  // touches lies close together. max_rows is the larger of num_tokens and num_logit_rows.
   struct Activations {
-    Buffer memory;
-    TensorView hidden;         // [max_tokens, hidden_size], the residual stream
-    TensorView normed;         // [max_rows, hidden_size]
-    TensorView qkv;            // [max_tokens, (num_heads + 2 num_kv_heads) head_dim]
-    TensorView query;          // [max_tokens, num_heads head_dim] rotated; empty where qkv holds it
-    TensorView attended;       // [max_tokens, num_heads head_dim]
-    TensorView gate_up;        // [max_tokens, 2 intermediate_size]
-    TensorView last;           // [max_logit_rows, hidden_size], rows of `hidden`
-    TensorView last_attended;  // [max_logit_rows, num_heads head_dim], rows of `attended`
-    TensorView logits;         // [max_logit_rows, vocab_size] fp32
+    TensorView hidden;           // [num_tokens, hidden_size], the residual stream
+    TensorView normed;           // [max_rows, hidden_size]
+    TensorView qkv;              // [num_tokens, (num_heads + 2 num_kv_heads) head_dim]
+    TensorView query;            // [num_tokens, num_heads head_dim] rotated; empty: qkv holds it
+    TensorView attended;         // [num_tokens, num_heads head_dim]
+    TensorView gate_up;          // [max_rows, 2 intermediate_size]
+    TensorView last;             // [num_logit_rows, hidden_size], rows of `hidden`
+    TensorView last_attended;    // [num_logit_rows, num_heads head_dim], rows of `attended`
+    TensorView logits;           // [num_logit_rows, vocab_size] fp32
+    size_t bytes_per_layer = 0;  // of the first ones, which every layer uses
+    size_t bytes = 0;            // of all
   };
 
   Llama(ModelConfig config, LlamaWeights weights, Ops& ops);
 
+  // `memory` may be null: then only the sizes count.
+  Activations ActivationsAt(void* memory, int num_tokens, int num_logit_rows) const;
   void Attention(int layer_index, const ForwardBatch& batch);
   void Attend(int layer_index, const ForwardBatch& batch, const TensorView& q,
               const TensorView& out);
@@ -51,7 +54,10 @@ class Llama final : public Model {
   ModelConfig config_;
   LlamaWeights weights_;
   Ops& ops_;
-  Activations activations_;
+  Buffer memory_;  // of activations
+  int max_tokens_ = 0;
+  int max_logit_rows_ = 0;
+  Activations activations_;  // of the step at hand
 };
 
 }  // namespace gloam

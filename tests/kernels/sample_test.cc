@@ -438,7 +438,7 @@ TEST_CASE("log-probabilities are the log-softmax of the logits as they came") {
     for (int i = 0; i < 3; ++i) rows.insert(rows.end(), logits.begin(), logits.end());
     std::vector<SampleResult> results(3);
     ScoreParams params;
-    params.logits.values = TensorView::Contiguous(rows.data(), DType::kF32, Device::kCpu, {3, n});
+    params.logits = TensorView::Contiguous(rows.data(), DType::kF32, Device::kCpu, {3, n});
     params.tokens = tokens;
     params.results = results;
     for (const int num_logprobs : {0, 1, 5, 20, 3000}) {
