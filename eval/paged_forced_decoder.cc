@@ -135,8 +135,11 @@ void PagedForcedDecoder::ScoreDense() {
   plan.num_tokens = plan.num_score_rows = num_tokens;
   const TensorView logits = runner_.Forward(plan).score;
   row.num_computed += num_tokens;
-  const auto* data = logits.Data<const float>();
-  dense_logits_.assign(data, data + logits.shape[0] * logits.shape[1]);
+  dense_logits_.clear();
+  for (int i = 0; i < num_tokens; ++i) {
+    const auto* of_token = logits.Rows(i, 1).Data<const float>();
+    dense_logits_.insert(dense_logits_.end(), of_token, of_token + logits.shape[1]);
+  }
 }
 
 ForcedDecoder::Step PagedForcedDecoder::Next() {

@@ -50,12 +50,20 @@ Llama::Activations Llama::ActivationsAt(void* memory, int num_tokens, int num_lo
   // A token's logits may be asked for twice, so there may be more of them than tokens.
   const int max_rows = std::max(num_tokens, num_logit_rows);
   Activations step;
+  constexpr size_t kLineBytes = 64;
+  // A product writes one line of every row after another. On a CPU rows are an odd number of lines
+  // apart, or all these would lie in the same few sets of its caches.
+  const auto row_stride = [this](DType dtype, int64_t cols) {
+    if (ops_.device() != Device::kCpu) return cols;
+    const auto line = static_cast<int64_t>(kLineBytes / DTypeBytes(dtype));
+    return ((cols + line - 1) / line | 1) * line;
+  };
   const auto place = [&](TensorView& view, DType dtype, int64_t rows, int64_t cols) {
-    constexpr size_t kAlignment = 64;  // a cache line
     auto* at = memory == nullptr ? nullptr : static_cast<std::byte*>(memory) + step.bytes;
-    view = TensorView::Contiguous(at, dtype, ops_.device(), {rows, cols});
-    const size_t bytes = static_cast<size_t>(rows * cols) * DTypeBytes(dtype);
-    step.bytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    const int64_t stride = row_stride(dtype, cols);
+    view = TensorView::Contiguous(at, dtype, ops_.device(), {rows, stride}).Columns(0, cols);
+    const size_t bytes = static_cast<size_t>(rows * stride) * DTypeBytes(dtype);
+    step.bytes += (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
   };
   // In one place: none is needed any more when another is written.
   const auto place_each = [&](const auto&... pieces) {

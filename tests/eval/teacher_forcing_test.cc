@@ -153,7 +153,7 @@ TEST_CASE("A dense row gives the likelihoods of one whole prefill; keeping all c
     double nll = 0;
     const int64_t vocab = logits.shape[1];
     for (int i = 0; i < 39; ++i) {
-      const float* row = logits.Data<float>() + i * vocab;
+      const auto* row = logits.Rows(i, 1).Data<const float>();
       double sum = 0;
       for (int64_t j = 0; j < vocab; ++j) sum += std::exp(static_cast<double>(row[j]));
       nll += std::log(sum) - row[tokens[static_cast<size_t>(257 + i)]];

@@ -158,7 +158,7 @@ TensorView PagedRunner::Step(std::span<const Chunk> chunks) {
 
 TensorView PagedRunner::StepToHost(std::span<const Chunk> chunks) {
   TensorView logits = Step(chunks);
-  host_logits_.resize(logits.num_elements());
+  host_logits_.resize(logits.shape[0] * logits.strides[0]);
   ops_.Download(host_logits_.data(), logits.data, host_logits_.size() * sizeof(float));
   logits.data = host_logits_.data();
   logits.device = Device::kCpu;
