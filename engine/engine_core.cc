@@ -182,11 +182,11 @@ void EngineCore::Step() {
     TakeTokens();
   } else {
     NoteStarts(plan);
-    const ModelRunner::Result logits = runner_.Forward(plan, IsGreedy(plan));
+    const ModelRunner::Result result = runner_.Forward(plan, IsGreedy(plan));
     TakeTokens();  // of the step before, while a GPU works on this one
-    ScorePrompts(plan, logits.score);
-    SampleTokens(plan, logits.sample);
-    CountSparsity(plan, logits.sparsity);
+    ScorePrompts(plan, result.score);
+    SampleTokens(plan, result.sample);
+    CountSparsity(plan, result.sparsity);
     scheduler_.Advance();
     ExpectTokens(plan);
     if (ops_.device() == Device::kCpu) TakeTokens();  // its operations are complete already

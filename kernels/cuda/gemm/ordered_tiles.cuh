@@ -44,7 +44,8 @@ struct Config {
   static constexpr int kTileRows = kMostRows;
   static constexpr bool kIsGated = kKind == Kind::kGated;
   // wgmma's rows are x's.
-  static constexpr bool kXFirst = kTokens > 128 && kKind != Kind::kSplit&& kKind != Kind::kParts;
+  static constexpr bool kXFirst =
+      kTokens > 128 && !(kKind == Kind::kSplit || kKind == Kind::kParts);
   static constexpr int kShare =
       kKind != Kind::kSplit && kTokens >= 128 ? 2 : 1;  // blocks with one x
 
