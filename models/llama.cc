@@ -114,13 +114,13 @@ LogitRows Llama::Forward(const ForwardBatch& batch) {
 
   ops_.Embed({.table = weights_.token_embedding.get(),
               .token_ids = batch.token_ids,
-              .out = activations_.hidden.Rows(0, num_tokens)});
+              .out = activations_.hidden});
   ops_.PlanAttention({.batch = batch.seqs,
                       .kv = batch.kv.front().layout,
                       .num_heads = config_.num_heads,
                       .sliding_window = config_.sliding_window});
-  const TensorView hidden = activations_.hidden.Rows(0, num_tokens);
-  const TensorView attended = activations_.attended.Rows(0, num_tokens);
+  const TensorView hidden = activations_.hidden;
+  const TensorView attended = activations_.attended;
   const int last_layer = config_.num_layers - 1;
   for (int i = 0; i < last_layer; ++i) {
     Attention(i, batch);
@@ -128,9 +128,9 @@ LogitRows Llama::Forward(const ForwardBatch& batch) {
   }
   Attention(last_layer, batch);
   // Behind its attention the last layer serves the rows alone whose logits are asked for.
-  const TensorView last = activations_.last.Rows(0, batch.num_logit_rows);
+  const TensorView last = activations_.last;
   if (batch.num_logit_rows > 0) {
-    const TensorView last_attended = activations_.last_attended.Rows(0, batch.num_logit_rows);
+    const TensorView last_attended = activations_.last_attended;
     ops_.GatherRows({.x = hidden, .row_indices = batch.logit_rows, .out = last});
     ops_.GatherRows({.x = attended, .row_indices = batch.logit_rows, .out = last_attended});
     AfterAttention(weights_.layers[last_layer], last_attended, last);
@@ -143,10 +143,10 @@ void Llama::Attention(int layer_index, const ForwardBatch& batch) {
   const ModelConfig& c = config_;
   const LlamaLayer& layer = weights_.layers[layer_index];
   const int num_tokens = batch.seqs.num_tokens;
-  const TensorView hidden = activations_.hidden.Rows(0, num_tokens);
+  const TensorView hidden = activations_.hidden;
   const TensorView normed = activations_.normed.Rows(0, num_tokens);
-  const TensorView qkv = activations_.qkv.Rows(0, num_tokens);
-  const TensorView attended = activations_.attended.Rows(0, num_tokens);
+  const TensorView qkv = activations_.qkv;
+  const TensorView attended = activations_.attended;
   const int64_t q_dim = int64_t{c.num_heads} * c.head_dim;
   const int64_t kv_dim = int64_t{c.num_kv_heads} * c.head_dim;
   const TensorView q = Heads(qkv.Columns(0, q_dim), c.num_heads, c.head_dim);
@@ -161,7 +161,7 @@ void Llama::Attention(int layer_index, const ForwardBatch& batch) {
   }
   TensorView query = q;
   if (activations_.query.num_elements() > 0) {
-    query = Heads(activations_.query.Rows(0, num_tokens), c.num_heads, c.head_dim);
+    query = Heads(activations_.query, c.num_heads, c.head_dim);
     query.dtype = ops_.QueryDType(batch.kv[layer_index].layout.dtype);
   }
   const bool uses_rope = c.layer_uses_rope.empty() || c.layer_uses_rope[layer_index];
@@ -245,7 +245,7 @@ void Llama::AfterAttention(const LlamaLayer& layer, const TensorView& attended,
 
 // logits = W_lm norm(hidden)
 LogitRows Llama::Logits(const TensorView& hidden, bool is_greedy) {
-  const TensorView logits = activations_.logits.Rows(0, hidden.shape[0]);
+  const TensorView logits = activations_.logits;
   if (hidden.shape[0] == 0) return {logits};
   const TensorView normed = activations_.normed.Rows(0, hidden.shape[0]);
   RmsNorm(hidden, weights_.output_norm, normed);
