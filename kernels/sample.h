@@ -50,12 +50,14 @@ struct SampleRow {
   uint64_t draw_index = 0;
   int num_logprobs = -1;  // -1: none; 0: of the drawn token; n: and of the n most likely tokens
 
+  // Whether what has been generated counts.
+  bool is_penalised() const {
+    return repetition_penalty != 1.0f || frequency_penalty != 0.0f || presence_penalty != 0.0f;
+  }
   // Whether the largest logit is all that it asks for.
   bool is_greedy() const {
-    const bool is_penalised =
-        repetition_penalty != 1.0f || frequency_penalty != 0.0f || presence_penalty != 0.0f;
     return !(temperature > 0) && num_logprobs < 0 && allowed == nullptr && banned_tokens.empty() &&
-           logit_bias.empty() && !is_penalised;
+           logit_bias.empty() && !is_penalised();
   }
 };
 

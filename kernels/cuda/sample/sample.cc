@@ -22,11 +22,6 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr size_t kReservedEntries = 1 << 18;
 constexpr size_t kReservedTop = 20;
 
-bool PenalisesCounts(const SampleRow& row) {
-  return row.repetition_penalty != 1.0f || row.frequency_penalty != 0.0f ||
-         row.presence_penalty != 0.0f;
-}
-
 // Memory that only grows: to `bytes` at least, and at least twice what was there.
 void Grow(Buffer& buffer, size_t bytes, StatusOr<Buffer> (*allocate)(size_t)) {
   if (bytes <= buffer.bytes()) return;
@@ -168,7 +163,7 @@ CallSize SizeOf(const SampleParams& params) {
   CallSize size = {.num_rows = params.rows.size(),
                    .vocab_size = static_cast<size_t>(params.logits.values.shape[1])};
   for (const SampleRow& row : params.rows) {
-    const size_t num_counts = PenalisesCounts(row) ? row.output_counts.size() : 0;
+    const size_t num_counts = row.is_penalised() ? row.output_counts.size() : 0;
     const size_t num_prompt = row.repetition_penalty != 1.0f ? row.prompt_tokens.size() : 0;
     size.num_entries += row.banned_tokens.size() + row.logit_bias.size() + num_prompt + num_counts;
     size.num_values += row.logit_bias.size() + num_counts;
@@ -229,7 +224,7 @@ void SampleBackendImpl::Pack(const SampleParams& params, const CallSize& size) {
       std::copy(row.prompt_tokens.begin(), row.prompt_tokens.end(), entries + entry);
       entry += task.num_prompt;
     }
-    if (PenalisesCounts(row)) {
+    if (row.is_penalised()) {
       task.num_counts = static_cast<int32_t>(row.output_counts.size());
       for (const auto& [token, count] : row.output_counts) {
         entries[entry++] = token;
