@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <iterator>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -99,6 +100,16 @@ bool TimedOps::GatedGemm(const GatedGemmParams& params) {
   product.Add(params.x, *params.weight, " ");
   Count(product, &AddCall(product.name, begin));
   return true;
+}
+
+std::optional<LogitRows> TimedOps::GreedyLogits(const GreedyLogitsParams& params) {
+  const auto begin = Clock::now();
+  const std::optional<LogitRows> logits = ops_.GreedyLogits(params);
+  if (!logits) return logits;  // Gemm follows
+  Product product{.name = "GreedyLogits"};
+  product.Add(params.x, *params.weight, " ");
+  Count(product, &AddCall(product.name, begin));
+  return logits;
 }
 
 std::string TimedOps::Report() const {

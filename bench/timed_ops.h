@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <map>
+#include <optional>
 #include <string>
 
 #include "kernels/forwarding_ops.h"
@@ -33,6 +34,7 @@ class TimedOps final : public ForwardingOps {
   void GatherRows(const GatherRowsParams& params) override;
   void Gemm(const GemmParams& params) override;
   bool GatedGemm(const GatedGemmParams& params) override;
+  std::optional<LogitRows> GreedyLogits(const GreedyLogitsParams& params) override;
   void RopeAppendKv(const RopeKvParams& params) override;
   void Attention(const AttentionParams& params) override;
   void UpdateSidecars(const UpdateSidecarsParams& params) override;

@@ -43,6 +43,9 @@ class ForwardingOps : public Ops {
   void GatherRows(const GatherRowsParams& params) override { ops_.GatherRows(params); }
   void Gemm(const GemmParams& params) override { ops_.Gemm(params); }
   bool GatedGemm(const GatedGemmParams& params) override { return ops_.GatedGemm(params); }
+  std::optional<LogitRows> GreedyLogits(const GreedyLogitsParams& params) override {
+    return ops_.GreedyLogits(params);
+  }
   void RopeAppendKv(const RopeKvParams& params) override { ops_.RopeAppendKv(params); }
   void PlanAttention(const AttentionPlanParams& params) override { ops_.PlanAttention(params); }
   void Attention(const AttentionParams& params) override { ops_.Attention(params); }

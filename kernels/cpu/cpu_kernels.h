@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "base/status.h"
@@ -30,6 +31,9 @@ double MeasureReadRate(ThreadPool& pool);
 StatusOr<std::unique_ptr<Weight>> PackWeight(std::span<const RawWeight> parts, ThreadPool& pool);
 void Embed(const EmbedParams& params, ThreadPool& pool);
 void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool, Scratch& scratch);
+// Nothing where y has no room for a candidate per row and thread.
+std::optional<LogitRows> GreedyLogits(const GreedyLogitsParams& params, CpuActivations activations,
+                                      ThreadPool& pool, Scratch& scratch);
 
 // elementwise.cc
 void RmsNorm(const RmsNormParams& params, ThreadPool& pool);

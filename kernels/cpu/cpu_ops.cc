@@ -75,6 +75,9 @@ class CpuOps final : public Ops {
   void Gemm(const GemmParams& params) override {
     cpu::Gemm(params, activations_, pool_, gemm_scratch_);
   }
+  std::optional<LogitRows> GreedyLogits(const GreedyLogitsParams& params) override {
+    return cpu::GreedyLogits(params, activations_, pool_, gemm_scratch_);
+  }
   void RopeAppendKv(const RopeKvParams& params) override { cpu::RopeAppendKv(params, pool_); }
   void PlanAttention(const AttentionPlanParams& /*params*/) override {}
   void Attention(const AttentionParams& params) override {

@@ -40,49 +40,65 @@ TensorView View(std::vector<float>& data, int64_t rows, int64_t cols) {
 }
 
 std::vector<float> Multiply(const Weight& weight, std::vector<float> x, int64_t rows,
-                            CpuActivations activations, ThreadPool& pool) {
+                            CpuActivations activations, ThreadPool& pool, bool precise = false) {
   Scratch scratch;
   std::vector<float> y(rows * weight.rows(), NAN);
   GemmParams params;
   params.x = View(x, rows, weight.cols());
   params.num_outputs = 1;
+  params.precise = precise;
   params.outputs[0] = {&weight, nullptr, View(y, rows, weight.rows()), false};
   Gemm(params, activations, pool, scratch);
   return y;
 }
 
-// Activations as the int8 mode sees them, by plain code.
-std::vector<float> RoundedActivations(const std::vector<float>& x) {
-  std::vector<float> rounded(x.size());
+// Rounds the blocks of x to int8 by plain code and takes that from x.
+std::vector<double> TakeRounded(std::vector<float>& x) {
+  std::vector<double> rounded(x.size());
   for (size_t block = 0; block < x.size(); block += 32) {
     float largest = 0;
     for (size_t i = block; i < block + 32; ++i) largest = std::max(largest, std::fabs(x[i]));
     const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
     for (size_t i = block; i < block + 32; ++i) {
-      rounded[i] = largest / 127.0f * std::nearbyint(x[i] * inverse);
+      const float value = largest / 127.0f * std::nearbyint(x[i] * inverse);
+      rounded[i] = double{value};
+      x[i] -= value;
     }
   }
   return rounded;
 }
 
+// Activations as the int8 mode sees them: with `precise` also what rounding left out, rounded.
+std::vector<double> RoundedActivations(std::vector<float> x, bool precise) {
+  std::vector<double> rounded = TakeRounded(x);
+  if (!precise) return rounded;
+  const std::vector<double> rest = TakeRounded(x);
+  for (size_t i = 0; i < rounded.size(); ++i) rounded[i] += rest[i];
+  return rounded;
+}
+
+// Of a block's largest activation: half a step of rounding.
+double HalfStep(bool precise) { return precise ? 1.0 / (254 * 254) : 1.0 / 254; }
+
 // Checks the product against double precision.
 //   fp32 rounding: at most 3 roundings per step of the sum, each 2^-24 of a partial sum that is
 //     bounded by the magnitudes' sum A: |error| <= 3 * steps * 2^-24 * A.
-//   int8 activations: an activation moves by at most half a step, largest / 254, so besides the
-//     above |y - W x| <= sum |w_k| * largest(block of k) / 254 (1% more for x * (127 / largest)
-//     rounding across a tie).
+//   int8 activations: an activation moves by at most half a step, so besides the above |y - W x| <=
+//     sum |w_k| * largest(block of k) * HalfStep (1% more for x * (127 / largest) rounding across a
+//     tie).
 void CheckAgainstDouble(const RandomWeight& matrix, const std::vector<float>& x,
-                        CpuActivations activations) {
+                        CpuActivations activations, bool precise = false) {
   const WeightType type = matrix.raw.type;
   const int64_t num_outputs = matrix.raw.rows;
   const int64_t cols = matrix.raw.cols;
   const int64_t rows = static_cast<int64_t>(x.size()) / cols;
   ThreadPool pool(2);
   const auto weight = Pack({matrix.raw}, pool);
-  const std::vector<float> y = Multiply(*weight, x, rows, activations, pool);
+  const std::vector<float> y = Multiply(*weight, x, rows, activations, pool, precise);
 
   const bool int8 = activations == CpuActivations::kInt8 && IsQuantized(type);
-  const std::vector<float> seen = int8 ? RoundedActivations(x) : x;
+  const std::vector<double> seen =
+      int8 ? RoundedActivations(x, precise) : std::vector<double>(x.begin(), x.end());
   const std::vector<float> w = matrix.Dequantized();
   const std::vector<float> sizes = matrix.TermSizes();
   const int64_t steps = int8 ? cols / 16 + 2 : cols;
@@ -91,7 +107,7 @@ void CheckAgainstDouble(const RandomWeight& matrix, const std::vector<float>& x,
     for (int64_t n = 0; n < num_outputs; ++n) {
       const float* wn = w.data() + n * cols;
       const float* xr = x.data() + row * cols;
-      const float* sr = seen.data() + row * cols;
+      const double* sr = seen.data() + row * cols;
       double exact = 0;
       double exact_seen = 0;
       double step_error = 0;
@@ -105,7 +121,7 @@ void CheckAgainstDouble(const RandomWeight& matrix, const std::vector<float>& x,
         for (int64_t i = k / 32 * 32; i < k / 32 * 32 + 32; ++i) {
           largest = std::max(largest, std::fabs(xr[i]));
         }
-        step_error += std::fabs(wn[k]) * largest / 254 * 1.01;
+        step_error += std::fabs(wn[k]) * largest * HalfStep(precise) * 1.01;
       }
       const double rounding = 3.0 * steps * 0x1p-24 * magnitude;
       const double actual = y[row * num_outputs + n];
@@ -118,11 +134,12 @@ void CheckAgainstDouble(const RandomWeight& matrix, const std::vector<float>& x,
 
 constexpr int64_t kNumOutputs = 37;  // two panels and a bit
 
-void CheckAgainstDouble(WeightType type, int64_t rows, CpuActivations activations) {
+void CheckAgainstDouble(WeightType type, int64_t rows, CpuActivations activations,
+                        bool precise = false) {
   std::mt19937 rng(7 + static_cast<unsigned>(type));
   const int64_t cols = RaggedCols(type);
   const RandomWeight matrix(type, kNumOutputs, cols, rng);
-  CheckAgainstDouble(matrix, RandomActivations(rows, cols, rng), activations);
+  CheckAgainstDouble(matrix, RandomActivations(rows, cols, rng), activations, precise);
 }
 
 // Every quant at one end of its range, and every activation at one of its own: no sum of products
@@ -133,8 +150,10 @@ void CheckExtremes(WeightType type, int64_t rows) {
   std::vector<float> x(rows * cols);
   for (size_t i = 0; i < x.size(); ++i) x[i] = i / 64 % 3 == 1 ? -1.0f : 1.0f;
   for (const uint32_t or_mask : {0x00u, 0xffu, 0x80u}) {
-    CheckAgainstDouble(RandomWeight(type, kNumOutputs, cols, rng, 0, or_mask), x,
-                       CpuActivations::kInt8);
+    const RandomWeight matrix(type, kNumOutputs, cols, rng, 0, or_mask);
+    for (const bool precise : {false, true}) {
+      CheckAgainstDouble(matrix, x, CpuActivations::kInt8, precise);
+    }
   }
 }
 
@@ -160,7 +179,10 @@ TEST_CASE("Every instruction set agrees with double precision") {
           CheckAgainstDouble(type, 9, activations);
         }
         if (!IsQuantized(type)) continue;
-        for (const int64_t rows : {1, 9}) CheckExtremes(type, rows);
+        for (const int64_t rows : {1, 9}) {
+          CheckExtremes(type, rows);
+          CheckAgainstDouble(type, rows, CpuActivations::kInt8, /*precise=*/true);
+        }
       }
     }
   }
@@ -175,7 +197,13 @@ TEST_CASE("A row's result does not depend on the other rows or on the threads") 
     const int64_t cols = RaggedCols(type);
     const RandomWeight matrix(type, 83, cols, rng);
     std::vector<float> x = RandomActivations(kMaxRows, cols, rng);
-    for (CpuActivations activations : {CpuActivations::kInt8, CpuActivations::kF32}) {
+    struct Mode {
+      CpuActivations activations;
+      bool precise;
+    };
+    for (const auto& [activations, precise] :
+         {Mode{CpuActivations::kInt8, false}, Mode{CpuActivations::kInt8, true},
+          Mode{CpuActivations::kF32, false}}) {
       std::vector<float> expected;  // row by row
       for (int num_threads : {1, 2, 3}) {
         ThreadPool pool(num_threads);
@@ -183,14 +211,15 @@ TEST_CASE("A row's result does not depend on the other rows or on the threads") 
         if (expected.empty()) {
           for (int64_t row = 0; row < kMaxRows; ++row) {
             const std::vector<float> one(x.begin() + row * cols, x.begin() + (row + 1) * cols);
-            const std::vector<float> y = Multiply(*weight, one, 1, activations, pool);
+            const std::vector<float> y = Multiply(*weight, one, 1, activations, pool, precise);
             expected.insert(expected.end(), y.begin(), y.end());
           }
         }
         for (int64_t rows : {1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 100, 300}) {
           const std::vector<float> some(x.begin(), x.begin() + rows * cols);
-          const std::vector<float> y = Multiply(*weight, some, rows, activations, pool);
-          CAPTURE(std::string(InfoOf(type).name), static_cast<int>(activations), num_threads, rows);
+          const std::vector<float> y = Multiply(*weight, some, rows, activations, pool, precise);
+          CAPTURE(std::string(InfoOf(type).name), static_cast<int>(activations), precise,
+                  num_threads, rows);
           CHECK(std::memcmp(y.data(), expected.data(), y.size() * sizeof(float)) == 0);
         }
       }
@@ -271,6 +300,55 @@ TEST_CASE("Stacked parts equal their separate products") {
     expected.insert(expected.end(), second.begin(), second.end());
     expected.insert(expected.end(), first.begin(), first.end());
     CHECK(Multiply(*stacked, x, 1, CpuActivations::kInt8, pool) == expected);
+  }
+}
+
+// The tokens of greedy rows.
+std::vector<int32_t> GreedyTokens(const LogitRows& logits, ThreadPool& pool) {
+  const auto num_rows = static_cast<size_t>(logits.values.shape[0]);
+  const std::vector<SampleRow> rows(num_rows, {.temperature = 0});
+  std::vector<SampleResult> results(num_rows);
+  Sample({.logits = logits, .rows = rows, .results = results}, pool);
+  std::vector<int32_t> tokens;
+  for (const SampleResult& result : results) tokens.push_back(result.token);
+  return tokens;
+}
+
+TEST_CASE("Greedy logits have the tokens of all logits") {
+  constexpr int64_t kVocabSize = 1003;
+  std::mt19937 rng(31);
+  for (WeightType type : {WeightType::kQ8_0, WeightType::kQ4_K, WeightType::kBF16}) {
+    const int64_t cols = RaggedCols(type);
+    // Tokens that come several times, far from one another.
+    RandomWeight matrix(type, kVocabSize, cols, rng);
+    const int64_t row_bytes = RowBytes(type, cols);
+    for (int64_t row = 400; row < kVocabSize; ++row) {
+      std::copy_n(&matrix.bytes[row % 400 * row_bytes], row_bytes, &matrix.bytes[row * row_bytes]);
+    }
+    for (int num_threads : {1, 2, 3}) {
+      ThreadPool pool(num_threads);
+      const auto weight = Pack({matrix.raw}, pool);
+      for (int64_t rows : {1, 4, 5, 32, 150}) {
+        CAPTURE(std::string(InfoOf(type).name), num_threads, rows);
+        std::vector<float> x = RandomActivations(rows, cols, rng);
+        // All logits are equal; in fp32 the last row has none.
+        std::fill_n(x.begin(), cols, 0.0f);
+        if (type == WeightType::kBF16 && rows > 1) x.back() = NAN;
+        for (CpuActivations activations : {CpuActivations::kInt8, CpuActivations::kF32}) {
+          std::vector<float> y(rows * kVocabSize);
+          Scratch scratch;
+          const auto candidates = GreedyLogits(
+              {.x = View(x, rows, cols), .weight = weight.get(), .y = View(y, rows, kVocabSize)},
+              activations, pool, scratch);
+          REQUIRE(candidates);
+          CHECK(candidates->values.shape[1] < 10);
+          const std::vector<int32_t> tokens = GreedyTokens(*candidates, pool);
+          std::vector<float> all = Multiply(*weight, x, rows, activations, pool);
+          CHECK(tokens == GreedyTokens({View(all, rows, kVocabSize)}, pool));
+          CHECK(tokens.front() == 0);
+        }
+      }
+    }
   }
 }
 

@@ -46,8 +46,8 @@ struct ActivationRun {
   }
   float Scale(int r) const { return Field<float>(0, r); }
   float ScaledSum(int r) const { return Field<float>(1, r); }
-  int32_t NegatedSum(int r) const { return Field<int32_t>(2, r); }
-  int32_t NegatedHalfSum(int r) const { return Field<int32_t>(3, r); }
+  int32_t Offset(int r) const { return Field<int32_t>(2, r); }
+  int32_t HalfOffset(int r) const { return Field<int32_t>(3, r); }
 
   template <typename T>
   T Field(int field, int r) const {
@@ -127,9 +127,9 @@ HWY_INLINE void AddRun(const Run& x, const RunScales<F, kWidth>& scales, const Q
     for (int r = 0; r < kRows; ++r) {
       VI first = hn::Zero(di);
       if constexpr (!F::kHasMin && !DotT::kSigned) {
-        first = hn::Set(di, F::kGroups == 1 ? x.NegatedSum(r) : x.NegatedHalfSum(r));
-        if (group == 1) first = hn::Sub(hn::Set(di, x.NegatedSum(r)), first);
-        first = hn::ShiftLeft<F::kLogOffset>(first);
+        first = hn::Set(di, F::kGroups == 1 ? x.Offset(r) : x.HalfOffset(r));
+        if (group == 1) first = hn::Sub(hn::Set(di, x.Offset(r)), first);
+        first = hn::ShiftRight<7 - F::kLogOffset>(first);
       }
       GLOAM_UNROLL
       for (int s = 0; s < kWidth; ++s) dot[r][s] = first;
@@ -158,7 +158,7 @@ HWY_INLINE void AddRun(const Run& x, const RunScales<F, kWidth>& scales, const Q
 }
 
 // kRows rows of activations times kTileStrips strips of a panel, over one unpacked chunk of
-// columns. Asks for its share of what is unpacked next: all of it at once would fill the queues of
+// columns. Asks for its share of what is read next: all of it at once would fill the queues of
 // outstanding loads.
 template <typename DotT, typename F>
 struct ChunkTile {
@@ -167,8 +167,8 @@ struct ChunkTile {
   int64_t first_run;      // of the chunk
   int lane;               // of the first strip
   float* sums;            // [num_rows][16]
-  const std::byte* next;  // what follows the chunk in memory
-  int64_t next_bytes;     // to ask for, per row of activations
+  const std::byte* next;  // what is read next
+  int64_t next_bytes;     // of it, per row of activations
 
   template <int kRows>
   void Run(int first_row) const {
@@ -289,8 +289,24 @@ void RunTiles(const Tile& tile, int row, int num_rows) {
   if constexpr (kRows > 1) RunTiles<kRows / 2>(tile, row, num_rows);
 }
 
+// Results of `num_cols` columns from first_column on; sums: [num_rows][16].
+void KeepLargest(const float* sums, int num_rows, int num_cols, int64_t first_column,
+                 LargestResults largest) {
+  for (int row = 0; row < num_rows; ++row, sums += kPanelRows, largest = largest.Skip(1)) {
+    bool none = true;
+    for (int lane = 0; lane < kPanelRows; lane += kLanes) {
+      const auto candidates = hn::Ge(hn::Load(df, sums + lane), hn::Set(df, *largest.values));
+      none = none && hn::AllFalse(df, candidates);
+    }
+    if (none) continue;  // as in nearly all panels
+    for (int i = 0; i < num_cols; ++i) {
+      largest.Take(sums[i], static_cast<int32_t>(first_column + i));
+    }
+  }
+}
+
 // sums: [num_rows][16], complete.
-void StoreSums(float* sums, int num_rows, const PanelOutput& out) {
+void StoreSums(float* sums, int num_rows, int64_t panel, const PanelOutput& out) {
   if (out.precise) {
     num_rows /= 2;
     for (int row = 0; row < num_rows; ++row) {
@@ -300,6 +316,9 @@ void StoreSums(float* sums, int num_rows, const PanelOutput& out) {
                   sums + row * kPanelRows + lane);
       }
     }
+  }
+  if (out.largest.values != nullptr) {
+    return KeepLargest(sums, num_rows, out.num_cols, panel * kPanelRows, out.largest);
   }
   for (int row = 0; row < num_rows; ++row, sums += kPanelRows) {
     float* y = out.y + row * out.row_stride;
@@ -327,6 +346,7 @@ struct MultiplyPanel {
   int64_t panel;
   const QuantizedRows& x;
   int num_rows;
+  const PackedBytes& next;
   float* sums;
 
 #if HWY_TARGET == HWY_AVX3
@@ -343,16 +363,14 @@ struct MultiplyPanel {
     QuantChunk chunk;
     const int64_t num_chunks = CeilDiv(weight.num_runs(), kMaxChunkRuns);
     const int64_t chunk_runs = CeilDiv(weight.num_runs(), num_chunks);
-    // The hardware's prefetchers stop at page ends. Past the weight's end a prefetch is forgiven.
-    const int64_t next_bytes = CeilDiv(weight.layout().panel_bytes, num_chunks);
+    const int64_t next_bytes = CeilDiv(next.count, num_chunks * num_rows);
     for (int64_t run = 0; run < weight.num_runs(); run += chunk_runs) {
       const int64_t num_runs = std::min(chunk_runs, weight.num_runs() - run);
       LoadChunk<F>(weight, panel, run, static_cast<int>(num_runs), chunk);
-      const std::byte* next =
-          weight.Panel(panel) + run * F::kRunBytes + std::max<int64_t>(next_bytes, 4096);
+      const std::byte* next_of_chunk = next.data + run / chunk_runs * num_rows * next_bytes;
       for (int lane = 0; lane < kPanelRows; lane += kTileStrips * kLanes) {
         const ChunkTile<DotOf<F>, F> tile = {
-            &chunk, x, run, lane, sums, next, lane == 0 ? CeilDiv(next_bytes, num_rows) : 0};
+            &chunk, x, run, lane, sums, next_of_chunk, lane == 0 ? next_bytes : 0};
         RunTiles<kTileRows>(tile, 0, num_rows);
       }
     }
@@ -369,22 +387,24 @@ struct MultiplyPanel {
 };
 
 void MultiplyPanelInt8(const PackedWeight& weight, int64_t panel, const QuantizedRows& x,
-                       int num_rows, const PanelOutput& out) {
+                       int num_rows, const PackedBytes& next, const PanelOutput& out) {
   alignas(64) float sums[kMaxRowsPerCall * kPanelRows];
-  // Rows of y lie far apart, and many of their lines are in another core's cache: they come while
-  // the sums are made.
-  const int num_outputs = out.precise ? num_rows / 2 : num_rows;
-  for (int row = 0; row < num_outputs; ++row) PrefetchToWrite(out.y + row * out.row_stride);
+  if (out.largest.values == nullptr) {
+    // Rows of y lie far apart, and many of their lines are in another core's cache: they come while
+    // the sums are made.
+    const int num_outputs = out.precise ? num_rows / 2 : num_rows;
+    for (int row = 0; row < num_outputs; ++row) PrefetchToWrite(out.y + row * out.row_stride);
+  }
 #if HWY_TARGET == HWY_AVX3
   if (UseVnni()) {
-    WithFormat(weight.type(), MultiplyPanel<true>{weight, panel, x, num_rows, sums});
+    WithFormat(weight.type(), MultiplyPanel<true>{weight, panel, x, num_rows, next, sums});
   } else {
-    WithFormat(weight.type(), MultiplyPanel<false>{weight, panel, x, num_rows, sums});
+    WithFormat(weight.type(), MultiplyPanel<false>{weight, panel, x, num_rows, next, sums});
   }
 #else
-  WithFormat(weight.type(), MultiplyPanel<false>{weight, panel, x, num_rows, sums});
+  WithFormat(weight.type(), MultiplyPanel<false>{weight, panel, x, num_rows, next, sums});
 #endif
-  StoreSums(sums, num_rows, out);
+  StoreSums(sums, num_rows, panel, out);
 }
 
 void MultiplyPanelF32(const PackedWeight& weight, int64_t panel, const float* x, int64_t x_stride,
@@ -400,7 +420,7 @@ void MultiplyPanelF32(const PackedWeight& weight, int64_t panel, const float* x,
       RunTiles<kTileRows>(tile, 0, num_rows);
     }
   }
-  StoreSums(sums, num_rows, out);
+  StoreSums(sums, num_rows, panel, out);
 }
 
 void UnpackRow(const PackedWeight& weight, int64_t row, float* out) {
@@ -442,11 +462,11 @@ HWY_INLINE void QuantizeRun(const VF x[kRunVectors], int row, int group_rows, st
   const int32_t sum = hn::GetLane(hn::SumOfLanes(di, hn::Add(half_sums[0], half_sums[1])));
   const int32_t half_sum = hn::GetLane(hn::SumOfLanes(di, half_sums[0]));
   const float floats[2] = {scale, scale * static_cast<float>(sum)};
-  const int32_t negated_sums[2] = {-sum, -half_sum};
+  const int32_t offsets[2] = {-128 * sum, -128 * half_sum};
   std::byte* fields = run + group_rows * kRunElements + 4 * row;
   for (int i = 0; i < 2; ++i) {
     std::memcpy(fields + 4 * group_rows * i, &floats[i], 4);
-    std::memcpy(fields + 4 * group_rows * (i + 2), &negated_sums[i], 4);
+    std::memcpy(fields + 4 * group_rows * (i + 2), &offsets[i], 4);
   }
 }
 
@@ -486,9 +506,9 @@ void QuantizeRow(const float* x, bool precise, const QuantizedRows& out, int64_t
 }
 
 void MultiplyPanelInt8(const PackedWeight& weight, int64_t panel, const QuantizedRows& x,
-                       int num_rows, const PanelOutput& out) {
+                       int num_rows, const PackedBytes& next, const PanelOutput& out) {
   GLOAM_CHECK(num_rows <= kMaxRowsPerCall);
-  HWY_DYNAMIC_DISPATCH(MultiplyPanelInt8)(weight, panel, x, num_rows, out);
+  HWY_DYNAMIC_DISPATCH(MultiplyPanelInt8)(weight, panel, x, num_rows, next, out);
 }
 
 void MultiplyPanelF32(const PackedWeight& weight, int64_t panel, const float* x, int64_t x_stride,

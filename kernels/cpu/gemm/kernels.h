@@ -3,7 +3,9 @@
 // calling thread; the order of operations for one output element depends on nothing but K.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "kernels/cpu/gemm/packed_weight.h"
 
@@ -12,9 +14,9 @@ namespace gloam::cpu {
 // Rows of activations as int8, in groups of `group_rows` rows (the last group may have fewer), so
 // that a register tile finds what it needs of a run of 32 columns at fixed distances.
 //   A run of a group, R = group_rows: int8 quants[R][32], float scale[R], float scaled_sum[R],
-//   int32 negated_sum[R], int32 negated_half_sum[R].
-//   x[i] is about scale * quants[i]; scaled_sum = scale * sum of the quants; the negated sums are
-//   those of all 32 quants and of the first 16.
+//   int32 offset[R], int32 half_offset[R].
+//   x[i] is about scale * quants[i]; scaled_sum = scale * sum of the quants; the offsets are -128
+//   times the sums of all 32 quants and of the first 16.
 struct QuantizedRows {
   static constexpr int kBytesPerRun = kRunElements + 16;  // and row
 
@@ -32,14 +34,33 @@ struct QuantizedRows {
 inline constexpr int kRowGroup = 8;
 inline constexpr int kFewRows = 4;
 
-// Where a panel's results go.
+// The largest result of each row so far and its column, the first among equals. NaN counts as minus
+// infinity, infinity as the largest number.
+struct LargestResults {
+  float* values = nullptr;     // [num_rows]; null: there are none
+  int32_t* columns = nullptr;  // [num_rows]
+
+  // A result of the first row.
+  void Take(float value, int32_t column) const {
+    value = std::min(value, std::numeric_limits<float>::max());
+    if (value > *values || (value == *values && column < *columns)) {
+      *values = value;
+      *columns = column;
+    }
+  }
+  // From a row on.
+  LargestResults Skip(int64_t rows) const { return {values + rows, columns + rows}; }
+};
+
+// Where a panel's results go: to y, or to what is `largest`.
 struct PanelOutput {
   float* y = nullptr;           // [num_rows, num_cols]; half the rows if `precise`
   int64_t row_stride = 0;       // in elements
   int num_cols = 0;             // 16, or fewer in the last panel
   const float* bias = nullptr;  // [num_cols] or null
   bool accumulate = false;
-  bool precise = false;  // activations' rows 2i and 2i + 1 are row i and its residual
+  bool precise = false;    // activations' rows 2i and 2i + 1 are row i and its residual
+  LargestResults largest;  // of activations that are not
 };
 
 // Most rows of activations per call; bounds the stack that a call uses.
@@ -53,9 +74,9 @@ void QuantizeRow(const float* x, bool precise, const QuantizedRows& out, int64_t
 // Per run of 32 columns, ascending: an exact int32 dot product, then in fp32
 // sum = fma(dot, weight_scale * activation_scale, sum) and, for types with a min,
 // sum = fma(weight_min, activation_scaled_sum, sum). With `out.precise`, the sums of a row and of
-// its residual are added at the end.
+// its residual are added at the end. Asks meanwhile for `next`, what this thread reads next.
 void MultiplyPanelInt8(const PackedWeight& weight, int64_t panel, const QuantizedRows& x,
-                       int num_rows, const PanelOutput& out);
+                       int num_rows, const PackedBytes& next, const PanelOutput& out);
 
 // The same with fp32 activations and a weight of any type: sum = fma(weight, x, sum), columns
 // ascending.

@@ -36,6 +36,12 @@ struct PanelLayout {
 };
 PanelLayout PanelLayoutOf(WeightType type, int64_t cols);
 
+// Some bytes of a packed weight.
+struct PackedBytes {
+  const std::byte* data = nullptr;
+  int64_t count = 0;
+};
+
 class PackedWeight final : public Weight {
  public:
   PackedWeight(WeightType type, int64_t rows, int64_t cols, Buffer buffer)
@@ -56,6 +62,7 @@ class PackedWeight final : public Weight {
   const std::byte* Panel(int64_t panel) const {
     return static_cast<const std::byte*>(buffer_.data()) + panel * layout_.panel_bytes;
   }
+  PackedBytes PanelBytes(int64_t panel) const { return {Panel(panel), layout_.panel_bytes}; }
 
  private:
   WeightType type_;

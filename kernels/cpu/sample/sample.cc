@@ -320,12 +320,28 @@ void CheckLogits(const TensorView& logits, size_t num_rows, size_t num_results) 
   GLOAM_CHECK(logits.shape[0] == static_cast<int64_t>(num_rows) && num_results == num_rows);
 }
 
+// Of greedy rows that have candidates: the largest, the lowest id among equals.
+void SampleCandidates(const SampleParams& params) {
+  const TensorView& logits = params.logits.values;
+  const int32_t* tokens = params.logits.tokens;
+  for (int64_t row = 0; row < logits.shape[0]; ++row, tokens += logits.shape[1]) {
+    GLOAM_CHECK(params.rows[row].is_greedy());
+    const float* values = RowOf(logits, row).logits;
+    Candidate best = {tokens[0], CleanLogit(values[0])};
+    for (int64_t i = 1; i < logits.shape[1]; ++i) {
+      const Candidate candidate = {tokens[i], CleanLogit(values[i])};
+      if (Before(candidate, best)) best = candidate;
+    }
+    params.results[row] = {.token = best.token};
+  }
+}
+
 }  // namespace
 
 void Sample(const SampleParams& params, ThreadPool& pool) {
   const TensorView& logits = params.logits.values;
-  GLOAM_CHECK(params.logits.tokens == nullptr);
   CheckLogits(logits, params.rows.size(), params.results.size());
+  if (params.logits.tokens != nullptr) return SampleCandidates(params);
   pool.ParallelFor(logits.shape[0], [&](int64_t row, int) {
     SampleOne(params.rows[row], RowOf(logits, row), params.results[row]);
   });
