@@ -361,7 +361,8 @@ TEST_CASE("deadlines end requests that wait and requests that run") {
   gate.Close();
   Request request = GreedyRequest(Tokens("abc"), 500);
   request.sampling.ignore_eos = true;
-  request.deadline = Clock::now() + std::chrono::milliseconds(20);
+  // Long enough for a busy machine to begin the first request.
+  request.deadline = Clock::now() + std::chrono::milliseconds(400);
   request.n = 2;
   const auto running = std::make_shared<CollectingSink>(2);
   const auto waiting = std::make_shared<CollectingSink>(2);
