@@ -31,7 +31,7 @@ double MeasureReadRate(ThreadPool& pool);
 StatusOr<std::unique_ptr<Weight>> PackWeight(std::span<const RawWeight> parts, ThreadPool& pool);
 void Embed(const EmbedParams& params, ThreadPool& pool);
 void Gemm(const GemmParams& params, CpuActivations activations, ThreadPool& pool, Scratch& scratch);
-// Nothing where y has no room for a candidate per row and thread.
+// Nothing without rows, or where y has no room for a candidate per row and thread.
 std::optional<LogitRows> GreedyLogits(const GreedyLogitsParams& params, CpuActivations activations,
                                       ThreadPool& pool, Scratch& scratch);
 

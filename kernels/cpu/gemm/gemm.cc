@@ -189,7 +189,7 @@ std::optional<LogitRows> GreedyLogits(const GreedyLogitsParams& params, CpuActiv
   CheckShapes(params.x, params.weight, params.y);
   const int64_t num_rows = params.x.shape[0];
   const int64_t num_elements = num_rows * pool.num_threads();
-  if (2 * num_elements > params.y.num_elements()) return std::nullopt;
+  if (num_rows == 0 || 2 * num_elements > params.y.num_elements()) return std::nullopt;
   // What each thread has found, one thread after the other; then all of it in the first's.
   LargestResults largest = {params.y.Data<float>(), params.y.Data<int32_t>() + num_elements};
   std::fill_n(largest.values, num_elements, -std::numeric_limits<float>::infinity());
