@@ -93,12 +93,17 @@ void TimedOps::Gemm(const GemmParams& params) {
   Count(product, &Time(product.name, [&] { ops_.Gemm(params); }));
 }
 
+void TimedOps::AddProduct(const char* name, const TensorView& x, const Weight& weight,
+                          Clock::time_point begin) {
+  Product product{.name = name};
+  product.Add(x, weight, " ");
+  Count(product, &AddCall(product.name, begin));
+}
+
 bool TimedOps::GatedGemm(const GatedGemmParams& params) {
   const auto begin = Clock::now();
   if (!ops_.GatedGemm(params)) return false;  // Gemm and SiluMul follow
-  Product product{.name = "GatedGemm"};
-  product.Add(params.x, *params.weight, " ");
-  Count(product, &AddCall(product.name, begin));
+  AddProduct("GatedGemm", params.x, *params.weight, begin);
   return true;
 }
 
@@ -106,9 +111,7 @@ std::optional<LogitRows> TimedOps::GreedyLogits(const GreedyLogitsParams& params
   const auto begin = Clock::now();
   const std::optional<LogitRows> logits = ops_.GreedyLogits(params);
   if (!logits) return logits;  // Gemm follows
-  Product product{.name = "GreedyLogits"};
-  product.Add(params.x, *params.weight, " ");
-  Count(product, &AddCall(product.name, begin));
+  AddProduct("GreedyLogits", params.x, *params.weight, begin);
   return logits;
 }
 

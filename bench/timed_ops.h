@@ -46,6 +46,9 @@ class TimedOps final : public ForwardingOps {
  private:
   // Adds a call that began then to the entry `name`, which it returns.
   Entry& AddCall(const std::string& name, std::chrono::steady_clock::time_point begin);
+  // Adds a product with one weight that began then.
+  void AddProduct(const char* name, const TensorView& x, const Weight& weight,
+                  std::chrono::steady_clock::time_point begin);
   // Runs `call` and adds its time to the entry `name`, which it returns.
   template <typename Call>
   Entry& Time(const std::string& name, const Call& call);

@@ -363,6 +363,7 @@ struct MultiplyPanel {
     QuantChunk chunk;
     const int64_t num_chunks = CeilDiv(weight.num_runs(), kMaxChunkRuns);
     const int64_t chunk_runs = CeilDiv(weight.num_runs(), num_chunks);
+    // Rounded up: past the end of what is next a prefetch is forgiven.
     const int64_t next_bytes = CeilDiv(next.count, num_chunks * num_rows);
     for (int64_t run = 0; run < weight.num_runs(); run += chunk_runs) {
       const int64_t num_runs = std::min(chunk_runs, weight.num_runs() - run);
