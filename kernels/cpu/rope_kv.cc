@@ -9,6 +9,7 @@
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cpu/row_tasks.h"
+#include "kernels/cpu/simd_targets.h"
 #include "kernels/float16.h"
 
 #undef HWY_TARGET_INCLUDE

@@ -29,9 +29,9 @@ constexpr int kBlockScoreRows = HWY_TARGET <= HWY_AVX2 || kManyRegisters ? 3 : 1
 
 #if HWY_TARGET == HWY_SCALAR
 
-template <int kRows, bool kPrefetch, typename Rows>
-void ScoreBlockRows(const float* HWY_RESTRICT queries, const Rows& rows, int head_dim,
-                    float* HWY_RESTRICT scores) {
+template <int kRows, typename Rows>
+void ScoreBlockRows(const float* HWY_RESTRICT queries, const Rows& rows, bool /*prefetch*/,
+                    int head_dim, float* HWY_RESTRICT scores) {
   for (int r = 0; r < kRows; ++r) {
     for (int token = 0; token < kBlockTokens; ++token) {
       const auto* key = rows[token];
@@ -83,14 +83,14 @@ inline VF AddBlockPairs(VF a, VF b) {
 
 // scores[row][token] = q[row] . k[token] for kRows queries and the tokens of one block: lanes are
 // channels.
-template <int kRows, bool kPrefetch, typename Rows>
-void ScoreBlockRows(const float* HWY_RESTRICT queries, const Rows& rows, int head_dim,
-                    float* HWY_RESTRICT scores) {
+template <int kRows, typename Rows>
+void ScoreBlockRows(const float* HWY_RESTRICT queries, const Rows& rows, bool prefetch,
+                    int head_dim, float* HWY_RESTRICT scores) {
   const DF d;
   VF quads[kRows][4];  // of four tokens each
   HWY_UNROLL(4)
   for (int quad = 0; quad < 4; ++quad) {
-    if constexpr (kPrefetch) rows.PrefetchNext(4 * quad, 4);
+    if (prefetch) rows.PrefetchNext(4 * quad, 4);
     decltype(rows[0]) keys[4];
     HWY_UNROLL(4)
     for (int t = 0; t < 4; ++t) keys[t] = rows[4 * quad + t];
@@ -236,29 +236,18 @@ void ScoreRows(const float* HWY_RESTRICT queries, const float* HWY_RESTRICT keys
 template <typename Rows>
 void ScoreFewRows(const float* queries, const Rows& keys, int num_rows, int head_dim,
                   float* scores) {
-  const auto score = [&](auto num, auto prefetch, int row) HWY_ATTR {
-    ScoreBlockRows<decltype(num)::value, decltype(prefetch)::value>(
-        queries + row * head_dim, keys, head_dim, scores + row * kGroupTokens);
+  // The first rows ask for what comes next.
+  const auto score = [&](auto num, int row) HWY_ATTR {
+    ScoreBlockRows<decltype(num)::value>(queries + row * head_dim, keys, row == 0, head_dim,
+                                         scores + row * kGroupTokens);
   };
   constexpr std::integral_constant<int, kBlockScoreRows> kMost;
-  // The first rows ask for what comes next.
-  switch (num_rows) {
-    case 1:
-      return score(std::integral_constant<int, 1>(), std::true_type(), 0);
-    case 2:
-      if constexpr (kBlockScoreRows > 1) {
-        return score(std::integral_constant<int, 2>(), std::true_type(), 0);
-      }
-      [[fallthrough]];
-    default:
-      score(kMost, std::true_type(), 0);
+  int row = 0;
+  for (; row + kBlockScoreRows <= num_rows; row += kBlockScoreRows) score(kMost, row);
+  if constexpr (kBlockScoreRows > 1) {
+    if (num_rows - row == 2) return score(std::integral_constant<int, 2>(), row);
+    if (num_rows - row == 1) return score(std::integral_constant<int, 1>(), row);
   }
-  int row = kBlockScoreRows;
-  for (; row + kBlockScoreRows <= num_rows; row += kBlockScoreRows) {
-    score(kMost, std::false_type(), row);
-  }
-  if (num_rows - row == 2) score(std::integral_constant<int, 2>(), std::false_type(), row);
-  if (num_rows - row == 1) score(std::integral_constant<int, 1>(), std::false_type(), row);
 }
 
 void ScoreAllRows(const float* queries, const float* keys, int num_rows, int head_dim,

@@ -4,6 +4,8 @@
 #include <cfloat>
 #include <limits>
 
+#include "kernels/cpu/simd_targets.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/attention/tile.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep

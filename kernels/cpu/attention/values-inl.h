@@ -52,9 +52,10 @@ struct ValueChannels {
 
 // acc[row][c] += sum over a group's tokens, ascending, of probs[row][token] * values[token][c], for
 // kRows rows and some channels. A function of its own so that its sums have the registers.
-template <int kRows, bool kPrefetch, typename Channels, typename Rows>
+template <int kRows, typename Channels, typename Rows>
 HWY_NOINLINE void AddValuesTile(const float* HWY_RESTRICT probs, const Rows* blocks, int num_tokens,
-                                const Channels& channels, int head_dim, float* HWY_RESTRICT acc) {
+                                const Channels& channels, bool prefetch, int head_dim,
+                                float* HWY_RESTRICT acc) {
   const DF d;
   constexpr int kVectors = Channels::kVectors;
   VF sums[kRows][kVectors];
@@ -69,9 +70,7 @@ HWY_NOINLINE void AddValuesTile(const float* HWY_RESTRICT probs, const Rows* blo
     const Rows& values = *blocks;
     const int end = std::min(num_tokens, kBlockTokens);
     for (int token = 0; token < end; ++token) {
-      if constexpr (kPrefetch) {
-        if (token % 4 == 0) values.PrefetchNext(token, 4);
-      }
+      if (prefetch && token % 4 == 0) values.PrefetchNext(token, 4);
       VF prob[kRows];
       HWY_UNROLL(8)
       for (int r = 0; r < kRows; ++r) prob[r] = hn::Set(d, probs[r * kGroupTokens + token]);
@@ -97,11 +96,8 @@ void AddValuesRows(const float* probs, const Rows* blocks, int num_tokens, int h
   const int num_paired = NumPaired(head_dim);
   const int half = num_paired / 2;
   const auto add = [&](const auto& channels, bool first) HWY_ATTR {
-    if (first && prefetch) {  // the first channels ask for what comes next
-      AddValuesTile<kRows, true>(probs, blocks, num_tokens, channels, head_dim, acc);
-    } else {
-      AddValuesTile<kRows, false>(probs, blocks, num_tokens, channels, head_dim, acc);
-    }
+    // The first channels ask for what comes next.
+    AddValuesTile<kRows>(probs, blocks, num_tokens, channels, first && prefetch, head_dim, acc);
   };
   int at = 0;
   if constexpr (kManyRegisters) {

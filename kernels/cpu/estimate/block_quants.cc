@@ -6,9 +6,8 @@
 #include "kernels/cpu/estimate/kernels.h"
 #include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/sidecars/quant_rows.h"
+#include "kernels/cpu/simd_targets.h"
 
-// Scalable vectors cannot be array elements, which the register tiles need.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/estimate/block_quants.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
@@ -22,7 +21,7 @@ namespace {
 
 // Steps and middles of a block's channels from its ranges.
 template <typename T>
-void LoadRanges(const std::byte* ranges, int head_dim, int bits, float* steps, float* mids) {
+void LoadRangesOf(const std::byte* ranges, int head_dim, int bits, float* steps, float* mids) {
   const hn::Rebind<T, DF> dt;
   const auto* min = reinterpret_cast<const T*>(ranges);
   const VF half = hn::Set(df, 0.5f);
@@ -42,6 +41,18 @@ void LoadRanges(const std::byte* ranges, int head_dim, int bits, float* steps, f
   }
 }
 
+void LoadRanges(DType dtype, const std::byte* ranges, int head_dim, int bits, float* steps,
+                float* mids) {
+  switch (dtype) {
+    case DType::kBF16:
+      return LoadRangesOf<hwy::bfloat16_t>(ranges, head_dim, bits, steps, mids);
+    case DType::kF16:
+      return LoadRangesOf<hwy::float16_t>(ranges, head_dim, bits, steps, mids);
+    default:  // kF32: the caller has checked
+      return LoadRangesOf<float>(ranges, head_dim, bits, steps, mids);
+  }
+}
+
 // What a batch of blocks goes through, step by step.
 struct BlockBatch {
   alignas(64) float steps[kBatchBlocks][kMaxSidecarHeadDim];
@@ -51,14 +62,15 @@ struct BlockBatch {
 };
 
 // kChannels: of all calls; 0: any number.
-template <typename DotT, int kBits, typename T, int kChannels>
+template <typename DotT, int kBits, int kChannels>
 void EstimateBlockQuant(const EstimateCall& call, const Mirror& mirror) {
   constexpr int kPlanes = kBits == 8 ? 2 : 1;
   const KeyBlocks& keys = *call.keys;
   const int channels = kChannels == 0 ? call.channels : kChannels;
   const int num_rows = kChannels == 0 ? mirror.num_rows : kChannels / QuantRowChannels(kBits);
   const int64_t stride = keys.num_blocks * kBlockTokens;
-  const int64_t range_bytes = 2 * channels * int64_t{sizeof(T)};
+  const DType dtype = keys.kv.layout.dtype;
+  const int64_t range_bytes = 2 * channels * static_cast<int64_t>(DTypeBytes(dtype));
   const auto quants_of = [&](int64_t i) {
     return keys.sidecars.At(SidecarKind::kBlockQuant, keys.block_table[i], keys.kv_head);
   };
@@ -79,7 +91,7 @@ void EstimateBlockQuant(const EstimateCall& call, const Mirror& mirror) {
   ForCandidates(
       call, prefetch, [&](const int64_t* blocks, int count, const int64_t* ahead) HWY_ATTR {
         for (int b = 0; b < count; ++b) {
-          LoadRanges<T>(keys.Ranges(blocks[b]), channels, kBits, batch.steps[b], batch.mids[b]);
+          LoadRanges(dtype, keys.Ranges(blocks[b]), channels, kBits, batch.steps[b], batch.mids[b]);
         }
         ForHeadTiles(call.num_heads, [&](int head, auto heads) HWY_ATTR {
           const float* queries = call.queries + head * channels;
@@ -107,31 +119,17 @@ void EstimateBlockQuant(const EstimateCall& call, const Mirror& mirror) {
       });
 }
 
-template <typename DotT, int kBits, typename T>
-void EstimateBlocks(const EstimateCall& call, const Mirror& mirror) {
-  // What the default policy and small models use.
-  constexpr bool kCommon = kBits == 4 && sizeof(T) == 2;
-  if constexpr (kCommon) {
-    if (call.channels == 64) return EstimateBlockQuant<DotT, kBits, T, 64>(call, mirror);
-  }
-  EstimateBlockQuant<DotT, kBits, T, 0>(call, mirror);
-}
-
 template <typename DotT, int kBits>
-void EstimateOfType(const EstimateCall& call, const Mirror& mirror) {
-  switch (call.keys->kv.layout.dtype) {
-    case DType::kBF16:
-      return EstimateBlocks<DotT, kBits, hwy::bfloat16_t>(call, mirror);
-    case DType::kF16:
-      return EstimateBlocks<DotT, kBits, hwy::float16_t>(call, mirror);
-    default:  // kF32: the caller has checked
-      return EstimateBlocks<DotT, kBits, float>(call, mirror);
+void EstimateOfBits(const EstimateCall& call, const Mirror& mirror) {
+  if constexpr (kBits == 4) {  // what the default policy and small models use
+    if (call.channels == 64) return EstimateBlockQuant<DotT, kBits, 64>(call, mirror);
   }
+  EstimateBlockQuant<DotT, kBits, 0>(call, mirror);
 }
 
 void EstimateFromBlockQuantsTarget(const EstimateCall& call, const Mirror& mirror) {
   WithDotAndBits(mirror.bits, [&](auto dot, auto bits)
-                                  HWY_ATTR { EstimateOfType<decltype(dot), bits>(call, mirror); });
+                                  HWY_ATTR { EstimateOfBits<decltype(dot), bits>(call, mirror); });
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ HWY_INLINE void FoldFour(const Op& op, const VF (&x)[4][N], float* out) {
   }
 #else
   const hn::Repartition<uint64_t, DF> d64;
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int s = 0; s < N; ++s) {
     const auto pair = [&](VF a, VF b) HWY_ATTR {
       return hn::BitCast(d64, op(hn::InterleaveLower(df, a, b), hn::InterleaveUpper(df, a, b)));
@@ -80,7 +80,7 @@ HWY_INLINE void FoldFour(const Op& op, const VF (&x)[4][N], float* out) {
   }
   const hn::CappedTag<float, 4> d4;
   auto total = hn::Load(d4, fours[0]);
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int at = 1; at < kFours; ++at) total = op(total, hn::Load(d4, fours[at]));
   hn::StoreU(total, d4, out);
 #endif

@@ -3,10 +3,9 @@
 #include "kernels/cpu/estimate/candidate_blocks.h"
 #include "kernels/cpu/estimate/kernels.h"
 #include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/simd_targets.h"
 #include "kernels/float16.h"
 
-// Scalable vectors cannot be array elements, which the register tiles need.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/estimate/keys.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
@@ -25,18 +24,18 @@ void ExactLogits(const float* queries, const T* keys, int head_dim, float* logit
   constexpr int kVectors = kLanes < 4 ? 4 : 1;  // FoldFour wants at least four values
   for (int token = 0; token < kBlockTokens; token += 4) {
     VF sums[kHeads][4][kVectors];
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int h = 0; h < kHeads; ++h) {
       for (int t = 0; t < 4; ++t) {
         for (int v = 0; v < kVectors; ++v) sums[h][t][v] = hn::Zero(df);
       }
     }
     for (int c = 0; c < head_dim; c += kLanes * kVectors) {
-      HWY_UNROLL(4)
+      GLOAM_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         const int at = c + v * kLanes;
         VF key[4];
-        HWY_UNROLL(4)
+        GLOAM_UNROLL
         for (int t = 0; t < 4; ++t) {
           const T* from = keys + (token + t) * head_dim + at;
           if constexpr (sizeof(T) == sizeof(float)) {
@@ -45,15 +44,15 @@ void ExactLogits(const float* queries, const T* keys, int head_dim, float* logit
             key[t] = hn::PromoteTo(df, hn::LoadU(dt, from));
           }
         }
-        HWY_UNROLL(4)
+        GLOAM_UNROLL
         for (int h = 0; h < kHeads; ++h) {
           const VF q = hn::LoadU(df, queries + h * head_dim + at);
-          HWY_UNROLL(4)
+          GLOAM_UNROLL
           for (int t = 0; t < 4; ++t) sums[h][t][v] = hn::MulAdd(q, key[t], sums[h][t][v]);
         }
       }
     }
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int h = 0; h < kHeads; ++h) {
       FoldFour(AddOp(), sums[h], logits + h * stride + token);
     }

@@ -32,7 +32,7 @@ constexpr int kQuadsPerTotal = 8;
 
 struct Dot {
   static VI MulAdd(VI sum, VU quads, const int8_t* weights) {
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int i = 0; i < 4; ++i, quads = hn::ShiftRight<8>(quads)) {
       const VI quant = hn::BitCast(di, hn::And(quads, hn::Set(du, 0xff)));
       sum = hn::Add(sum, hn::Mul(quant, hn::Set(di, weights[i])));
@@ -114,31 +114,31 @@ HWY_INLINE void MultiplyRows(const std::byte* quants, int num_rows, const Intege
   constexpr int kFields = 8 / kFieldBits;
   constexpr int kRowsPerTotal = kQuadsPerTotal / (kFields / 2);
   const VU mask = hn::Set(du, ((1u << kFieldBits) - 1) * 0x01010101u);
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int strip = 0; strip < kStrips; ++strip) {
     const auto* rows = reinterpret_cast<const uint32_t*>(quants) + strip * kLanes;
     VI totals[kHeads][kPlanes][2];
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int h = 0; h < kHeads; ++h) {
-      HWY_UNROLL(2)
+      GLOAM_UNROLL
       for (int p = 0; p < kPlanes; ++p) totals[h][p][0] = totals[h][p][1] = hn::Zero(di);
     }
     for (int first = 0; first < num_rows; first += kRowsPerTotal) {
       VI sums[kHeads][kPlanes][2];
-      HWY_UNROLL(4)
+      GLOAM_UNROLL
       for (int h = 0; h < kHeads; ++h) {
-        HWY_UNROLL(2)
+        GLOAM_UNROLL
         for (int p = 0; p < kPlanes; ++p) sums[h][p][0] = sums[h][p][1] = hn::Zero(di);
       }
       for (int row = first; row < std::min(first + kRowsPerTotal, num_rows); ++row) {
         VU fields = hn::Load(du, rows + row * kBlockTokens);
-        HWY_UNROLL(4)
+        GLOAM_UNROLL
         for (int f = 0; f < kFields; ++f, fields = hn::ShiftRight<kFieldBits>(fields)) {
           const VU quads = hn::And(fields, mask);
           const int channel = row * QuantRowChannels(kBits) + (kBits == 8 ? 0 : 4 * f);
-          HWY_UNROLL(4)
+          GLOAM_UNROLL
           for (int h = 0; h < kHeads; ++h) {
-            HWY_UNROLL(2)
+            GLOAM_UNROLL
             for (int p = 0; p < kPlanes; ++p) {
               sums[h][p][f % 2] =
                   DotT::MulAdd(sums[h][p][f % 2], quads, weights.planes[h][p] + channel);
@@ -146,19 +146,19 @@ HWY_INLINE void MultiplyRows(const std::byte* quants, int num_rows, const Intege
           }
         }
       }
-      HWY_UNROLL(4)
+      GLOAM_UNROLL
       for (int h = 0; h < kHeads; ++h) {
-        HWY_UNROLL(2)
+        GLOAM_UNROLL
         for (int p = 0; p < kPlanes; ++p) {
           totals[h][p][0] = hn::Add(totals[h][p][0], DotT::Total(sums[h][p][0]));
           totals[h][p][1] = hn::Add(totals[h][p][1], DotT::Total(sums[h][p][1]));
         }
       }
     }
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int h = 0; h < kHeads; ++h) {
       VI dot = hn::Zero(di);
-      HWY_UNROLL(2)
+      GLOAM_UNROLL
       for (int p = 0; p < kPlanes; ++p) {
         const VI upper = kBits == 8 ? hn::ShiftLeft<4>(totals[h][p][1]) : totals[h][p][1];
         dot = hn::Add(hn::ShiftLeft<7>(dot), hn::Add(totals[h][p][0], upper));
@@ -177,22 +177,22 @@ HWY_INLINE void MultiplyNibbles(const std::byte* quants, int num_rows,
   const VU mask = hn::Set(du, 0x0f0f0f0fu);
   const auto* rows = reinterpret_cast<const uint32_t*>(quants);
   VI totals[kHeads][2];
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int h = 0; h < kHeads; ++h) totals[h][0] = totals[h][1] = hn::Zero(di);
   for (int first = 0; first < num_rows; first += kRowsPerTotal) {
     VI sums[kHeads][2];
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = hn::Zero(di);
     for (int row = first; row < std::min(first + kRowsPerTotal, num_rows); ++row) {
       VU fields[2];
-      HWY_UNROLL(2)
+      GLOAM_UNROLL
       for (int s = 0; s < 2; ++s) fields[s] = hn::Load(du, rows + row * kBlockTokens + s * kLanes);
-      HWY_UNROLL(2)
+      GLOAM_UNROLL
       for (int f = 0; f < 2; ++f) {
         const int channel = row * QuantRowChannels(4) + 4 * f;
-        HWY_UNROLL(4)
+        GLOAM_UNROLL
         for (int h = 0; h < kHeads; ++h) {
-          HWY_UNROLL(2)
+          GLOAM_UNROLL
           for (int s = 0; s < 2; ++s) {
             const VU quads = hn::And(f == 0 ? fields[s] : hn::ShiftRight<4>(fields[s]), mask);
             sums[h][s] = DotT::MulAdd(sums[h][s], quads, weights.planes[h][0] + channel);
@@ -200,15 +200,15 @@ HWY_INLINE void MultiplyNibbles(const std::byte* quants, int num_rows,
         }
       }
     }
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int h = 0; h < kHeads; ++h) {
-      HWY_UNROLL(2)
+      GLOAM_UNROLL
       for (int s = 0; s < 2; ++s) totals[h][s] = hn::Add(totals[h][s], DotT::Total(sums[h][s]));
     }
   }
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int h = 0; h < kHeads; ++h) {
-    HWY_UNROLL(2)
+    GLOAM_UNROLL
     for (int s = 0; s < 2; ++s) store(h, s, hn::ConvertTo(df, totals[h][s]));
   }
 }

@@ -6,10 +6,9 @@
 #include "kernels/cpu/estimate/kernels.h"
 #include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/sidecars/quant_rows.h"
+#include "kernels/cpu/simd_targets.h"
 #include "kernels/estimate.h"
 
-// Scalable vectors cannot be array elements, which the register tiles need.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/estimate/token_quants.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep

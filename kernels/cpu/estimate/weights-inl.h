@@ -80,7 +80,7 @@ inline void StoreBiased(const VF (&biased)[kPackedWeights / kLanes], int8_t* out
     return hn::And(hn::BitCast(di, biased[i]), hn::Set(di, 0xff)).raw;
   };
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  HWY_UNROLL(2)
+  GLOAM_UNROLL
   for (int i = 0; i < 8; i += 4) {
     // Per 128-bit block a half of each vector.
     const __m256i halves = _mm256_packus_epi16(_mm256_packus_epi32(low(i), low(i + 1)),
@@ -109,13 +109,13 @@ HWY_INLINE void RoundHead(const float* queries, int channels, const float* steps
                    bias);
   };
   VI integers[kStrips];
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int s = 0; s < kStrips; ++s) integers[s] = hn::Zero(di);
   int c = 0;
   if constexpr (kPlanes == 1) {
     for (; c + kPackedWeights <= channels; c += kPackedWeights) {
       VF biased[kPackedWeights / kLanes];
-      HWY_UNROLL(16)
+      GLOAM_UNROLL
       for (int i = 0; i < kPackedWeights / kLanes; ++i) {
         biased[i] = round(c + i * kLanes);
         VI& sum = integers[i % kStrips];
@@ -125,7 +125,7 @@ HWY_INLINE void RoundHead(const float* queries, int channels, const float* steps
     }
   }
   for (; c < channels; c += kBlockTokens) {
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       const int at = c + s * kLanes;
       const VI integer = hn::Sub(hn::BitCast(di, round(at)), bias_bits);
@@ -139,7 +139,7 @@ HWY_INLINE void RoundHead(const float* queries, int channels, const float* steps
       }
     }
   }
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int s = 0; s < kStrips; ++s) sums[s] = hn::ConvertTo(df, integers[s]);
 }
 
@@ -149,23 +149,23 @@ template <int kHeads>
 HWY_INLINE void SumWeights(const float* queries, int channels, const float* steps,
                            const float* mids, WeightSums& out) {
   VF largest[4][kStrips], sums[kHeads][kStrips];
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int h = 0; h < 4; ++h) {
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int s = 0; s < kStrips; ++s) largest[h][s] = hn::Zero(df);
   }
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int h = 0; h < kHeads; ++h) {
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int s = 0; s < kStrips; ++s) sums[h][s] = hn::Zero(df);
   }
   for (int c = 0; c < channels; c += kBlockTokens) {
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       const int at = c + s * kLanes;
       const VF step = hn::Load(df, steps + at);
       const VF mid = hn::Load(df, mids + at);
-      HWY_UNROLL(4)
+      GLOAM_UNROLL
       for (int h = 0; h < kHeads; ++h) {
         const VF q = hn::LoadU(df, queries + h * channels + at);
         largest[h][s] = hn::Max(largest[h][s], hn::Abs(hn::Mul(q, step)));
@@ -174,9 +174,9 @@ HWY_INLINE void SumWeights(const float* queries, int channels, const float* step
     }
   }
   FoldFour(MaxOp(), largest, out.largest);
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int h = 0; h < kHeads; ++h) {
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int s = 0; s < kStrips; ++s) hn::Store(sums[h][s], df, out.mids[h] + s * kLanes);
   }
 }
@@ -194,16 +194,16 @@ HWY_INLINE void RoundWeights(const float* queries, int channels, const float* st
     hn::Store(hn::Div(hn::Set(d4, kLargestInteger<kPlanes>), most), d4, inverses + h);
   }
   VF integers[kHeads][kStrips];
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int h = 0; h < kHeads; ++h) {
     RoundHead<kPlanes>(queries + h * channels, channels, steps, inverses[h], out.planes[h],
                        integers[h]);
   }
   VF constants[4][kStrips];
-  HWY_UNROLL(4)
+  GLOAM_UNROLL
   for (int h = 0; h < 4; ++h) {
     const VF factor = hn::Set(df, centre * out.scales[h]);
-    HWY_UNROLL(4)
+    GLOAM_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       constants[h][s] = hn::Zero(df);
       if (h < kHeads) {

@@ -8,10 +8,9 @@
 #include "base/check.h"
 #include "kernels/cpu/ceil_div.h"
 #include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/simd_targets.h"
 #include "kernels/cpu/vnni.h"
 
-// Scalable vectors cannot be array elements, which the register tiles need.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/gemm/kernels.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep

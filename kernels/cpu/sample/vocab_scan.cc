@@ -1,5 +1,7 @@
 #include "kernels/cpu/sample/vocab_scan.h"
 
+#include "kernels/cpu/simd_targets.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/sample/vocab_scan.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/simd_targets.h"
 #include "kernels/paged_kv.h"
 
 #undef HWY_TARGET_INCLUDE

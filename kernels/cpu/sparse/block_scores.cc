@@ -5,6 +5,7 @@
 #include "base/check.h"
 #include "kernels/cpu/estimate/kernels.h"
 #include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/simd_targets.h"
 #include "kernels/estimate.h"
 
 #undef HWY_TARGET_INCLUDE

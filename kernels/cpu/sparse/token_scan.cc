@@ -6,6 +6,8 @@
 #include <limits>
 #include <utility>
 
+#include "kernels/cpu/simd_targets.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/sparse/token_scan.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
