@@ -39,9 +39,10 @@ __device__ __forceinline__ void CopyAsync(uint32_t shared, const void* global, u
 // Of keys and values. Those of single tokens' sequences are read once: what the next kernels read
 // stays in L2 instead (the step of 256 rows of Llama-3.1-8B at 1,024 tokens on an H100: 19.55 ms
 // without, 19.39 with).
-__device__ __forceinline__ uint64_t CachePolicy(DecodeRows rows) {
+template <DecodeRows kRows>
+__device__ __forceinline__ uint64_t CachePolicy() {
   uint64_t policy;
-  if (rows == DecodeRows::kSingleTokens) {
+  if constexpr (kRows == DecodeRows::kSingleTokens) {
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   } else {
     asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
@@ -61,14 +62,15 @@ __device__ __forceinline__ float SumOverTokens(float x) {
   return x;
 }
 
-// Tokens behind the context are left out so many at a time. Step of Llama-3.1-8B by 256, 128 and 8
-// sequences of 1,024, 1,024 and 2,048 tokens, ms (H100, 2026-11-27): all read 18.92, 12.10, 6.31,
-// by four 18.88, 12.07, 6.31; one by one, before the head's candidates, 18.98 after 19.05, 12.22
-// after 12.24, 6.36 after 6.33.
+// Tokens behind the context are left out so many at a time, where rows are single tokens: the
+// tokens of a chunk read the same blocks, and the question alone cost them 6 %. Step of
+// Llama-3.1-8B by 256, 128 and 8 sequences of 1,024, 1,024 and 2,048 tokens, ms (H100, 2026-11-27):
+// all read 18.92, 12.10, 6.31, by four 18.88, 12.07, 6.31; one by one, before the head's
+// candidates, 18.98 after 19.05, 12.22 after 12.24, 6.36 after 6.33.
 constexpr int kTokensAtOnce = 4;
 
 // What a warp asks memory for: runs of keys and values in turn, unit after unit.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, DecodeRows kRows>
 class RunStream {
  public:
   __device__ __forceinline__ RunStream(const DecodeAttentionParams& p, int num_groups,
@@ -77,7 +79,7 @@ class RunStream {
         shared_(shared),
         units_(p, num_groups, shared),
         lane_(threadIdx.x % 32),
-        policy_(CachePolicy(p.rows)) {
+        policy_(CachePolicy<kRows>()) {
     LookUp(units_.begin());
     TakeUnit();
   }
@@ -85,7 +87,7 @@ class RunStream {
   // Whether the next run may be asked for before the earlier kernels are done: all was written by
   // earlier steps but the block of the row's own token.
   __device__ __forceinline__ bool IsOld() const {
-    return index_ < units_.end() && p_.rows == DecodeRows::kSingleTokens &&
+    return kRows == DecodeRows::kSingleTokens && index_ < units_.end() &&
            unit_.first_block + block_ * kWarps < (unit_.context - 1) / kBlock;
   }
 
@@ -103,7 +105,7 @@ class RunStream {
       for (int i = 0; i < kBlock * R::kRowChunks / 32; ++i) {
         const int token = i * (32 / R::kRowChunks) + lane_ / R::kRowChunks;
         const int first = i * (32 / R::kRowChunks) / kTokensAtOnce * kTokensAtOnce;
-        if (first > 0 && first >= visible) break;
+        if (kRows == DecodeRows::kSingleTokens && first > 0 && first >= visible) break;
         CopyAsync(to + R::Offset(token, lane_ % R::kRowChunks),
                   from + (i * 32 + lane_) * (16 / sizeof(T)), policy_);
       }
@@ -310,7 +312,7 @@ __device__ __forceinline__ void ClearHiddenValues(char* values, int begin, int e
 }
 
 // What the computing warps do. Waits for earlier kernels.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, DecodeRows kRows>
 __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
                              SharedMemory<kHeadDim>& shared) {
   using R = Run<T, kHeadDim>;
@@ -319,7 +321,7 @@ __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
   const int g = threadIdx.x % 32 / 4;
   const Units<kHeadDim> units(p, num_groups, shared);
   const float scale_log2 = p.scale * 1.44269504f;
-  RunStream<T, kHeadDim> stream(p, num_groups, shared);
+  RunStream<T, kHeadDim, kRows> stream(p, num_groups, shared);
   const uint32_t ring = SharedAddress(shared.rings[warp]);
   int asked = 0;
   for (; asked < kAhead && stream.IsOld(); ++asked) stream.Copy(ring + asked * R::kBytes);
@@ -387,7 +389,7 @@ __device__ void ComputeUnits(const DecodeAttentionParams& p, int num_groups,
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, DecodeRows kRows>
 __global__ __launch_bounds__(kThreads, 1) void DecodeAttentionKernel(
     const __grid_constant__ DecodeAttentionParams p) {
   extern __shared__ char shared_bytes[];
@@ -396,16 +398,16 @@ __global__ __launch_bounds__(kThreads, 1) void DecodeAttentionKernel(
   AllowNextKernel();
   PlanRows(p, num_groups, shared);
   if (threadIdx.x < kComputeThreads) {
-    ComputeUnits<T>(p, num_groups, shared);
+    ComputeUnits<T, kHeadDim, kRows>(p, num_groups, shared);
   } else {
     WaitForEarlierKernels();
     Merger<kHeadDim>(p, num_groups, shared).Run();
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, DecodeRows kRows>
 void LaunchFor(const DecodeAttentionParams& params, const DecodeDevice& device) {
-  constexpr auto kKernel = DecodeAttentionKernel<T, kHeadDim>;
+  constexpr auto kKernel = DecodeAttentionKernel<T, kHeadDim, kRows>;
   const int shared_bytes = SharedBytes<kHeadDim>(device.compute_capability);
   AllowSharedBytes<kKernel>(shared_bytes);
   const int num_groups =
@@ -417,9 +419,17 @@ void LaunchFor(const DecodeAttentionParams& params, const DecodeDevice& device) 
   LaunchKernel(kKernel, shape, device.stream, params);
 }
 
+template <typename T, int kHeadDim>
+void LaunchForRows(const DecodeAttentionParams& params, const DecodeDevice& device) {
+  params.rows == DecodeRows::kSingleTokens
+      ? LaunchFor<T, kHeadDim, DecodeRows::kSingleTokens>(params, device)
+      : LaunchFor<T, kHeadDim, DecodeRows::kEveryToken>(params, device);
+}
+
 template <typename T>
 void LaunchForType(const DecodeAttentionParams& params, const DecodeDevice& device) {
-  params.head_dim == 64 ? LaunchFor<T, 64>(params, device) : LaunchFor<T, 128>(params, device);
+  params.head_dim == 64 ? LaunchForRows<T, 64>(params, device)
+                        : LaunchForRows<T, 128>(params, device);
 }
 
 }  // namespace decode
