@@ -4,17 +4,8 @@
 #include <type_traits>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/estimate/integer_weights.h"
 #include "kernels/cpu/vectors-inl.h"
-
-#ifndef GLOAM_ESTIMATE_HEADS_ONCE
-#define GLOAM_ESTIMATE_HEADS_ONCE
-namespace gloam::cpu {
-
-// Query heads that are computed together: their sums fit the registers.
-constexpr int kTileHeads = 4;
-
-}  // namespace gloam::cpu
-#endif  // GLOAM_ESTIMATE_HEADS_ONCE
 
 #if defined(GLOAM_ESTIMATE_HEADS_INL_H) == defined(HWY_TARGET_TOGGLE)
 #ifdef GLOAM_ESTIMATE_HEADS_INL_H

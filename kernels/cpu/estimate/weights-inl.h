@@ -10,22 +10,8 @@
 
 #include "hwy/highway.h"
 #include "kernels/cpu/estimate/heads-inl.h"
+#include "kernels/cpu/estimate/integer_weights.h"
 #include "kernels/paged_kv.h"
-#include "kernels/sidecars.h"
-
-#ifndef GLOAM_ESTIMATE_WEIGHTS_ONCE
-#define GLOAM_ESTIMATE_WEIGHTS_ONCE
-namespace gloam::cpu {
-
-// Integer weights of up to kTileHeads heads.
-struct IntegerWeights {
-  alignas(64) int8_t planes[kTileHeads][2][kMaxSidecarHeadDim];  // m, or m / 128 and the rest
-  alignas(16) float scales[kTileHeads];
-  alignas(16) float constants[kTileHeads];
-};
-
-}  // namespace gloam::cpu
-#endif  // GLOAM_ESTIMATE_WEIGHTS_ONCE
 
 #if defined(GLOAM_ESTIMATE_WEIGHTS_INL_H) == defined(HWY_TARGET_TOGGLE)
 #ifdef GLOAM_ESTIMATE_WEIGHTS_INL_H

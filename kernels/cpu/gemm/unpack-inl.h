@@ -5,33 +5,9 @@
 
 #include "base/check.h"
 #include "kernels/cpu/gemm/packed_weight.h"
+#include "kernels/cpu/gemm/quant_chunk.h"
 #include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/vectors-inl.h"
-
-#ifndef GLOAM_GEMM_UNPACK_ONCE
-#define GLOAM_GEMM_UNPACK_ONCE
-namespace gloam::cpu {
-
-// Columns are taken in chunks, unpacked to a buffer that stays in the L1 cache while all rows of
-// activations pass over it: beside int8 activations up to 24 runs (12 KiB), so that 768 columns are
-// one chunk, beside fp32 ones a super-block (16 KiB).
-constexpr int kMaxChunkRuns = 24;
-constexpr int kChunkRunsF32 = kRunsPerSuperBlock;
-constexpr int kChunkColsF32 = kChunkRunsF32 * kRunElements;
-constexpr int kQuadsPerRun = kRunElements / 4;
-constexpr int kRunQuantBytes = kPanelRows * kRunElements;
-
-// Part of a quantised panel, unpacked to bytes and fp32 scales.
-struct QuantChunk {
-  alignas(64) uint8_t storage[kMaxChunkRuns * kRunQuantBytes];
-  alignas(64) float scales[kMaxChunkRuns][2][kPanelRows];
-  alignas(64) float mins[kMaxChunkRuns][kPanelRows];
-  const uint8_t* quants = nullptr;  // [num_runs][8 quads][16 rows][4 columns]
-  int num_runs = 0;
-};
-
-}  // namespace gloam::cpu
-#endif  // GLOAM_GEMM_UNPACK_ONCE
 
 #if defined(GLOAM_GEMM_UNPACK_INL_H) == defined(HWY_TARGET_TOGGLE)
 #ifdef GLOAM_GEMM_UNPACK_INL_H
