@@ -156,7 +156,7 @@ Status LocalModel::StartEngine(const ServeOptions& options, const std::string& n
   if (on_gpu) engine.step_timeout = kGpuStepTimeout;
   engine.gpu_memory_utilization = options.gpu_memory_utilization;
   engine.kv_cache_dtype = KvDTypeOf(options, loaded.model->config());
-  kv_cache_dtype_ = KvDTypeName(engine.kv_cache_dtype);
+  kv_cache_dtype_ = engine.kv_cache_dtype;
   engine.enable_prefix_caching = options.enable_prefix_caching;
   GLOAM_ASSIGN_OR_RETURN(
       engine_, Engine::Create(engine, *ops_, std::move(loaded.model), *tokenizer_, *metrics_));
@@ -180,9 +180,10 @@ std::string LocalModel::Describe() const {
       service_->model_name(), config.architecture, config.num_layers, config.num_heads,
       config.num_kv_heads, config.head_dim, engine_->max_model_len(), compute_,
       static_cast<double>(weight_bytes_) / 1e9, load_seconds_, stats.num_blocks_total, kBlockTokens,
-      kv_tokens, kv_cache_dtype_, static_cast<double>(kv_tokens) / engine_->max_model_len(),
-      policies.default_name(), num_usable, policies.policies().size());
-  if (kv_cache_dtype_ == KvDTypeName(DType::kF8E4M3) && !SuitsFp8Kv(config)) {
+      kv_tokens, KvDTypeName(kv_cache_dtype_),
+      static_cast<double>(kv_tokens) / engine_->max_model_len(), policies.default_name(),
+      num_usable, policies.policies().size());
+  if (kv_cache_dtype_ == DType::kF8E4M3 && !SuitsFp8Kv(config)) {
     text += "  warning   attention biases make this model's keys too large for fp8 (auto: f16)\n";
   }
   if (engine_->memory_plan() != nullptr) {

@@ -44,7 +44,7 @@ class LocalModel {
   std::unique_ptr<GenerationService> service_;
   int64_t weight_bytes_ = 0;
   std::string compute_;  // the processor and its arithmetic
-  std::string kv_cache_dtype_;
+  DType kv_cache_dtype_ = DType::kBF16;
   double load_seconds_ = 0;
 };
 
